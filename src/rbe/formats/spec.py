@@ -1,0 +1,88 @@
+"""What a seed matrix is, apart from its tensors: a frozen, printable, saveable value."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from rbe.errors import RbeError
+
+
+@dataclass(frozen=True)
+class SeedSpec:
+    """Everything but the tensors that is needed to generate a matrix from its seeds.
+
+    >>> spec = SeedSpec("trellis", (40, 33), bits=2.0)
+    >>> spec.grid, spec.padded
+    ((3, 3), (48, 48))
+    >>> SeedSpec.from_json(spec.to_json()) == spec
+    True
+
+    Attributes:
+        format: name of the format.
+        shape: (rows, columns) of the matrix, rows being outputs as in torch.
+        bits: nominal rate of the seeds, in bits per weight.
+        block: edge of a block.
+        window: trellis only, bits a weight sees of its ring.
+        rotation: (out, in) 32-bit seeds of the Hadamard rotations of the two sides; 0 is no rotation.
+        mode: variant of the generator, where the format has several.
+    """
+
+    format: str
+    shape: tuple[int, int]
+    bits: float
+    block: int = 16
+    window: int = 16
+    rotation: tuple[int, int] = (0, 0)
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 2 or min(self.shape) < 1:
+            raise RbeError(
+                f"spec: shape {tuple(self.shape)} is not two positive sides; a seed matrix is 2-D and not empty"
+            )
+        if self.block < 1:
+            raise RbeError(f"spec: block {self.block} is not positive; the usual edge is 16")
+        if len(self.rotation) != 2 or not all(0 <= s < 1 << 32 for s in self.rotation):
+            raise RbeError(f"spec: rotation {self.rotation} must be two unsigned 32-bit seeds (out, in); 0 is none")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(block rows, block columns); blocks are stored in row-major order of this grid."""
+        rows, columns = self.shape
+        return -(-rows // self.block), -(-columns // self.block)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Shape after padding both sides at the end to whole blocks."""
+        return self.grid[0] * self.block, self.grid[1] * self.block
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary that survives JSON."""
+        return {
+            "format": self.format,
+            "shape": list(self.shape),
+            "bits": self.bits,
+            "block": self.block,
+            "window": self.window,
+            "rotation": list(self.rotation),
+            "mode": self.mode,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The inverse of `to_json`.
+
+        Raises:
+            RbeError: a key is missing, unknown or of the wrong type.
+        """
+        try:
+            known = {**data, "shape": tuple(data["shape"]), "rotation": tuple(data.get("rotation", (0, 0)))}
+            return cls(**known)
+        except (TypeError, KeyError) as cause:
+            raise RbeError(
+                f"spec: {data!r} is not a seed specification ({cause}); the file is damaged or newer"
+            ) from cause
