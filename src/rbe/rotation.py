@@ -1,4 +1,6 @@
-"""The orthonormal rotation R_n that makes weights Gaussian: random signs, then fast Walsh-Hadamard transforms (design 3.4)."""
+"""The rotation R_n that makes weights Gaussian: random signs, then Walsh-Hadamard transforms (design 3.4)."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ def hadamard(x: Tensor) -> Tensor:
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack((a + b, a - b), dim=-2).reshape(*lead, n)
         h *= 2
-    return x * n**-0.5
+    return x * math.sqrt(1.0 / n)
 
 
 def _spans(n: int) -> list[slice]:

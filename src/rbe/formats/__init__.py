@@ -1,21 +1,39 @@
-"""Seed formats: one file a format, each the definition of what its seeds mean."""
+"""Seed formats: one module a format, each the definition of what its seeds mean."""
 
-from types import ModuleType
+from typing import Protocol
+
+from torch import Tensor
 
 from rbe.errors import RbeError
 from rbe.formats import trellis
 from rbe.formats.spec import SeedSpec
 
-FORMATS: dict[str, ModuleType] = {"trellis": trellis}
-
-__all__ = ["FORMATS", "SeedSpec", "get"]
+__all__ = ["FORMATS", "SeedFormat", "SeedSpec", "get"]
 
 
-def get(name: str) -> ModuleType:
-    """The module that defines a format: `check`, `words`, `generate`, `pack`, `unpack`, `VERSION`.
+class SeedFormat(Protocol):
+    """What a format's module offers."""
 
-    >>> get("trellis").WINDOWS
-    (12, 14, 16)
+    VERSION: int
+
+    def check(self, spec: SeedSpec, /) -> None:
+        """Refuse a specification that the format cannot generate."""
+
+    def words(self, spec: SeedSpec, /) -> int:
+        """64-bit words a block."""
+
+    def generate(self, seeds: Tensor, spec: SeedSpec, /) -> Tensor:
+        """Unscaled weights (blocks, block, block) of seeds int64 (blocks, words)."""
+
+
+FORMATS: dict[str, SeedFormat] = {"trellis": trellis}
+
+
+def get(name: str) -> SeedFormat:
+    """The definition of a format.
+
+    >>> get("trellis").words(SeedSpec("trellis", (16, 16), bits=2.0))
+    8
 
     Raises:
         RbeError: there is no such format.

@@ -69,7 +69,8 @@ class Layout:
         """Split seeds int64 (blocks, words) into their fields, each int64 (blocks,)."""
         if seeds.dtype != torch.int64 or seeds.ndim != 2 or seeds.shape[1] != len(self.words):
             raise RbeError(
-                f"unpack: seeds are {seeds.dtype} {tuple(seeds.shape)}, this layout has int64 (blocks, {len(self.words)})"
+                f"unpack: seeds are {seeds.dtype} {tuple(seeds.shape)}, "
+                f"this layout has int64 (blocks, {len(self.words)})"
             )
         out = {}
         for column, word in enumerate(self.words):

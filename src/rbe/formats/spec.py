@@ -84,5 +84,5 @@ class SeedSpec:
             return cls(**known)
         except (TypeError, KeyError) as cause:
             raise RbeError(
-                f"spec: {data!r} is not a seed specification ({cause}); the file is damaged or newer"
+                f"spec: {data!r} is no seed specification ({cause}); the file is damaged or newer"
             ) from cause

@@ -147,7 +147,8 @@ def generate(seeds: Tensor, spec: SeedSpec) -> Tensor:
     w = rate(spec.bits)
     if seeds.dtype != torch.int64 or seeds.ndim != 2 or seeds.shape[1] != 2 * w:
         raise RbeError(
-            f"trellis: seeds are {seeds.dtype} {tuple(seeds.shape)}, but {spec.bits:g} bits per weight take int64 (blocks, {2 * w})"
+            f"trellis: seeds are {seeds.dtype} {tuple(seeds.shape)}, "
+            f"but {spec.bits:g} bits per weight take int64 (blocks, {2 * w})"
         )
     even_odd = torch.tensor(multipliers(spec.window, w), dtype=torch.int64, device=seeds.device).repeat(WEIGHTS // 2)
     stream = code(windows(seeds, spec.window), even_odd)  # (blocks, 256), t = 16 j + i
