@@ -1,0 +1,122 @@
+"""`Embedding`: a table whose rows are generated when they are looked up."""
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from rbe import kernels
+from rbe.errors import RbeError
+from rbe.formats import SeedSpec
+from rbe.matrix import SeedMatrix
+from rbe.nn.seeded import Seeded
+
+
+class Embedding(Seeded):
+    """Rows of a matrix held as seeds; only the rows asked for are ever generated.
+
+    >>> table = Embedding(100, 32, bits=2)
+    >>> table(torch.tensor([[3, 5, 99]])).shape
+    torch.Size([1, 3, 32])
+
+    Args:
+        num_embeddings: rows of the table.
+        embedding_dim: columns.
+        padding_idx: kept for callers that read it; it selects no special row when generating.
+        bits, format, block, window, rotation: as in `SeedSpec`; the output side (first) cannot be rotated.
+        row_scale: keep a float16 factor per row.
+        device, dtype: where the tensors live; `dtype` is the dtype of the rows.
+
+    Raises:
+        RbeError: the format does not offer the specification, or padding_idx is outside the table.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        bits: float = 2,
+        format: str = "trellis",
+        block: int = 16,
+        window: int = 16,
+        rotation: tuple[int, int] = (0, 0),
+        row_scale: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        spec = SeedSpec(format, (num_embeddings, embedding_dim), float(bits), block, window, rotation)
+        self._build(spec, padding_idx, row_scale=row_scale, device=device, dtype=dtype)
+
+    def _build(
+        self,
+        spec: SeedSpec,
+        padding_idx: int | None,
+        *,
+        row_scale: bool = False,
+        owner: Seeded | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if spec.rotation[0]:
+            raise RbeError(
+                f"Embedding: rotation {spec.rotation} mixes the rows, so that none can be generated alone; "
+                "encode the table with rotate='in'"
+            )
+        super().__init__(spec, row_scale=row_scale, owner=owner, device=device, dtype=dtype)
+        self.num_embeddings, self.embedding_dim = spec.shape
+        if padding_idx is not None and not -self.num_embeddings <= padding_idx < self.num_embeddings:
+            raise RbeError(f"Embedding: padding_idx {padding_idx} is outside a table of {self.num_embeddings} rows")
+        self.padding_idx = None if padding_idx is None else padding_idx % self.num_embeddings
+
+    @classmethod
+    def from_spec(
+        cls,
+        spec: SeedSpec,
+        padding_idx: int | None = None,
+        *,
+        row_scale: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """An unfilled table for a loader, usually on the meta device."""
+        layer = cls.__new__(cls)
+        layer._build(spec, padding_idx, row_scale=row_scale, device=device, dtype=dtype)
+        return layer
+
+    @classmethod
+    def from_matrix(
+        cls, matrix: SeedMatrix, padding_idx: int | None = None, *, dtype: torch.dtype | None = None
+    ) -> Self:
+        """A table around an encoded matrix; the tensors are shared, not copied.
+
+        Raises:
+            RbeError: the matrix is rotated on its output side.
+        """
+        layer = cls.from_spec(
+            matrix.spec, padding_idx, row_scale=matrix.row_scale is not None, device="meta", dtype=dtype
+        )
+        layer._adopt(matrix)
+        return layer
+
+    @classmethod
+    def tied(cls, owner: Seeded, padding_idx: int | None = None) -> Self:
+        """A table that reads the matrix of another module and stores nothing."""
+        layer = cls.__new__(cls)
+        layer._build(owner.spec, padding_idx, owner=owner, dtype=owner.weight_dtype)
+        return layer
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Rows of the table: (*index.shape, embedding_dim).
+
+        Raises:
+            RbeError: an index is outside the table, or is not an integer.
+        """
+        rows = kernels.rows(index, self.spec, self.seeds, self.scale, self.row_scale)
+        return rows.to(self.weight_dtype)
+
+    def extra_repr(self) -> str:
+        """Shapes and rate."""
+        padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
+        return f"{self.num_embeddings}, {self.embedding_dim}, {padding}{self._describe()}"
