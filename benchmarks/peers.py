@@ -1,6 +1,6 @@
 """Peers on this machine: ggml's quantisation types, error and dot-product speed, on the same Gaussian weights.
 
-ggml is no dependency: build its shared libraries from the source package of llama-cpp-python (cmake target `ggml`) and run
+ggml is no dependency: build its shared libraries from the source package of llama-cpp-python (target `ggml`), then
 
     python -m benchmarks.peers FOLDER_WITH_LIBGGML
 
@@ -68,7 +68,7 @@ class Ggml:
         self.cpu.ggml_get_type_traits_cpu.restype = ctypes.POINTER(CpuTraits)
         self.base.ggml_quantize_chunk.restype = ctypes.c_size_t
         self.base.ggml_quantize_chunk.argtypes = [
-            ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
+            ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p,
         ]  # fmt: skip
         self.cpu.ggml_cpu_init()
 
