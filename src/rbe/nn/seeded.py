@@ -1,4 +1,4 @@
-"""What every seed layer shares: the stored tensors, their fixed dtypes, and a weight that exists only while asked for."""
+"""What every seed layer shares: stored tensors of fixed dtype, and a weight that exists only while asked for."""
 
 from collections.abc import Callable
 from typing import Any, Self

@@ -336,3 +336,32 @@ def _dense_layer(module: Seeded, weight: nn.Parameter, dtype: torch.dtype | None
     for hooks in _HOOKS:
         getattr(new, hooks).update(getattr(module, hooks))
     return new  # type: ignore[no-any-return]
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a loader must know to rebuild the seed layers: for every owner's path a JSON-ready entry.
+
+    >>> describe(nn.Sequential(Linear(16, 16)))["0"]["kind"]
+    'linear'
+
+    Returns:
+        {path: {"spec", "kind", "row_scale", "transposed", "tied"}}; tied are the paths that share the owner's seeds.
+    """
+    paths: dict[int, list[str]] = {}
+    modules: dict[int, Seeded] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Seeded):
+            paths.setdefault(id(module.owner), []).append(path)
+            if module.owner is module:
+                modules.setdefault(id(module), module)
+    entries = {}
+    for key, owner in modules.items():
+        own = [path for path in paths[key] if model.get_submodule(path) is owner]
+        entries[own[0]] = {
+            "spec": owner.spec.to_json(),
+            "kind": "embedding" if isinstance(owner, Embedding) else "linear",
+            "row_scale": owner.row_scale is not None,
+            "transposed": owner.transposed,
+            "tied": [path for path in paths[key] if path != own[0]],
+        }
+    return entries

@@ -1,0 +1,395 @@
+"""The transformers plug-in: importing this module lets `from_pretrained` read compressed folders.
+
+    import rbe.hf
+    model = transformers.AutoModel.from_pretrained("minilm-2bit")
+
+Without the import transformers only warns that it does not know the method, and runs with random weights; `load` cannot
+be called without it, and `check_fingerprint` tells the two apart.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace as with_values
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, auto
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from rbe import search
+from rbe.errors import RbeError
+from rbe.formats import SeedSpec
+from rbe.mixing import fmix32
+from rbe.nn import Seeded, set_activations, swap
+
+METHOD = "rbe"
+FORMAT_VERSION = 0
+
+
+class RbeConfig(QuantizationConfigMixin):
+    """`quantization_config` of a compressed model, and the argument that makes `from_pretrained` encode while loading.
+
+    >>> RbeConfig(bits=2, exclude=["lm_head"]).to_dict()["exclude"]
+    ['lm_head']
+
+    Args:
+        bits: rate of the linear layers, bits per weight.
+        effort: "fast", "balanced" or "best" (encoding only).
+        include, exclude: shell patterns of module paths (encoding only).
+        embeddings_bits: rate of embeddings and of heads tied to them; None is `bits`, 0 keeps them dense.
+        modules: what each seed layer of the file is; written by the library.
+        format_version: of the seeds; written by the library.
+
+    Raises:
+        RbeError: the file was written by a later version.
+    """
+
+    def __init__(
+        self,
+        bits: float = 2,
+        effort: str = "balanced",
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        embeddings_bits: float | None = None,
+        modules: dict[str, dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **more: Any,
+    ) -> None:
+        if int(format_version) > FORMAT_VERSION:
+            raise RbeError(
+                f"this folder has seeds of format version {format_version}; this rbe reads up to {FORMAT_VERSION}: "
+                "install a later rbe"
+            )
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.format_version = int(format_version)
+        self.bits = bits
+        self.effort = effort
+        self.include = list(include)
+        self.exclude = list(exclude)
+        self.embeddings_bits = embeddings_bits
+        self.modules = dict(modules or {})
+        more.pop("quant_method", None)
+        for name, value in more.items():  # kept, so that a folder survives being saved again
+            setattr(self, name, value)
+
+
+class _Encode(ConversionOps):
+    """Turns one dense weight into seeds as soon as the loader has read it."""
+
+    def __init__(self, quantizer: "RbeQuantizer") -> None:
+        self.quantizer = quantizer
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], *, model: nn.Module, missing_keys: set[str] | None = None, **_: Any
+    ) -> dict[str, Tensor]:
+        """The tensors of `input_dict`, weights to be encoded replaced by the seed layer's tensors."""
+        out: dict[str, Tensor] = {}
+        for name, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            if name in self.quantizer.pending:
+                out.update(self.quantizer.encode(model, name, tensor, set() if missing_keys is None else missing_keys))
+            else:
+                out[name] = tensor
+        return out
+
+
+class RbeQuantizer(HfQuantizer):
+    """Puts seed layers into a transformers model while it is loaded, and describes them when it is saved."""
+
+    requires_calibration = False
+    quantization_config: RbeConfig
+
+    def __init__(self, quantization_config: RbeConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.pending: dict[str, swap.Site] = {}
+        self._digest: dict[str, str] = {}
+
+    @property
+    def is_trainable(self) -> bool:
+        """Seeds are not trained through the Trainer."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """The product is an operator that torch.compile keeps whole."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """Seed layers are ordinary modules with buffers."""
+        return True
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse placements that cannot work.
+
+        Raises:
+            RbeError: layers would be offloaded to disk.
+        """
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise RbeError("from_pretrained: device_map offloads to disk; seed layers are small: keep them in memory")
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        if self.pre_quantized:
+            _place(model, self.quantization_config.modules, _stored_names(checkpoint_files))
+            return
+        config = self.quantization_config
+        for site in swap.find(model, config.include, config.exclude):
+            if site.kind != "keep" and not (site.kind == "embedding" and config.embeddings_bits == 0):
+                self.pending.update({f"{path}.weight": site for path in site.names})
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Whether this tensor is a dense weight to be encoded."""
+        return not self.pre_quantized and param_name in self.pending
+
+    def get_quantize_ops(self) -> _Encode:
+        """The operation that encodes one weight."""
+        return _Encode(self)
+
+    def encode(self, model: nn.Module, name: str, weight: Tensor, missing: set[str]) -> dict[str, Tensor]:
+        """Encode one weight, swap its layers, and return the tensors for the loader to put in place."""
+        site = self.pending[name]
+        path = name.removesuffix(".weight")
+        missing.difference_update(f"{user}.weight" for user in site.names)
+        digest = hashlib.sha256(weight.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        if isinstance(model.get_submodule(path), Seeded):
+            if self._digest[site.module] == digest:
+                return {}  # the file holds the tied weight twice
+            raise RbeError(
+                f"{name} differs from {site.module}.weight, but the configuration ties them; "
+                "set tie_word_embeddings=False in the source's config.json"
+            )
+        self._digest[site.module] = digest
+        config = self.quantization_config
+        bits = config.bits
+        if site.kind == "embedding" and config.embeddings_bits is not None:
+            bits = config.embeddings_bits
+        embedding = site.kind == "embedding"
+        matrix = search.encode(
+            weight.T if site.transposed else weight,
+            bits=bits,
+            effort=config.effort,
+            rotate="in" if embedding else True,
+            row_scale=embedding,
+        )
+        swap.place(model, site, matrix.spec, matrix.row_scale is not None)
+        return {f"{site.module}.{key}": value for key, value in matrix.to_tensors().items()}
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self.quantization_config.modules = swap.describe(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        """Bring the description up to date with the model, and repeat it in every file's header."""
+        modules = swap.describe(model)
+        self.quantization_config.modules = modules
+        tensors = json.dumps({name: entry["spec"] for name, entry in modules.items()}, separators=(",", ":"))
+        return None, {"rbe.format_version": str(FORMAT_VERSION), "rbe.tensors": tensors}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        if isinstance(dtype, str):  # saving a model turns its configuration's dtype into text
+            dtype = getattr(torch, dtype)
+        return swap.decompress_(model, dtype)
+
+
+def _register() -> None:
+    # Registering twice is an error in transformers; a reloaded module replaces itself instead.
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
+    auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
+    auto.register_quantization_config(METHOD)(RbeConfig)
+    auto.register_quantizer(METHOD)(RbeQuantizer)
+
+
+_register()
+
+
+def _stored_names(files: Sequence[str] | None) -> set[str]:
+    """Names of all tensors in the shards."""
+    names: set[str] = set()
+    for file in files or ():
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as shard:
+                names.update(shard.keys())
+    return names
+
+
+class _Names:
+    """Module paths of a file, translated to the paths of the model that is loading it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.prefix = str(getattr(model, "base_model_prefix", "") or "")
+        self.weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._renamings: list[Any] | None = None
+
+    def module(self, path: str) -> str | None:
+        """The model's path of a module of the file, or None where the model has no such layer."""
+        for name in (path, path.removeprefix(f"{self.prefix}."), f"{self.prefix}.{path}", self._renamed(path)):
+            if f"{name}.weight" in self.weights:
+                return name
+        return None
+
+    def _renamed(self, path: str) -> str:
+        """The path after the renamings that transformers applies to old checkpoints of this architecture."""
+        from transformers import conversion_mapping, core_model_loading
+
+        if self._renamings is None:
+            mapping = conversion_mapping.get_model_conversion_mapping(self.model) or []
+            self._renamings = [entry for entry in mapping if isinstance(entry, core_model_loading.WeightRenaming)]
+        state = dict.fromkeys(self.weights, True)
+        name, _ = core_model_loading.rename_source_key(f"{path}.weight", self._renamings, [], self.prefix, state)
+        return str(name).removesuffix(".weight")
+
+
+def _place(model: nn.Module, modules: dict[str, dict[str, Any]], stored: set[str]) -> None:
+    """Put the file's seed layers, unfilled, into a model on the meta device."""
+    names = _Names(model)
+    entries = {path: entry for name, entry in modules.items() if (path := names.module(name)) is not None}
+    kept = {names.module(name.removesuffix(".weight")) for name in stored if name.endswith(".weight")}
+    sites = {path: site for site in swap.find(model) for path in site.names}
+    for path, entry in entries.items():
+        site = sites.get(path)
+        if site is None or site.kind == "keep":
+            reason = "it is no such layer" if site is None else site.reason
+            raise RbeError(f"{path}: the folder holds seeds for it, but this model cannot: {reason}")
+        # A weight that the file stores again, dense or as other seeds, is not tied, whatever the configuration says.
+        apart = {other for other in site.names if other != path and (other in entries or other in kept)}
+        shared = tuple(other for other in site.names if other != path and other not in apart)
+        swap.place(
+            model,
+            with_values(site, module=path, shared=shared),
+            SeedSpec.from_json(entry["spec"]),
+            bool(entry.get("row_scale", False)),
+        )
+
+
+def load(
+    folder: str | Path,
+    activations: str = "float32",
+    *,
+    model_class: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Load a compressed transformers folder as the class its configuration names, in evaluation mode.
+
+    Args:
+        folder: what `rbe compress` or `rbe.save` wrote.
+        activations: "float32" (exact) or "int8" (faster).
+        model_class: another transformers class, for instance `transformers.AutoModel`.
+        kwargs: for `from_pretrained`.
+
+    Raises:
+        RbeError: the folder is not a compressed transformers model.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    if (config.get("quantization_config") or {}).get("quant_method") != METHOD:
+        raise RbeError(f"load: {folder} is not a compressed model (its config.json has no rbe quantization_config)")
+    if model_class is None:
+        names = config.get("architectures") or ["AutoModel"]
+        model_class = getattr(transformers, names[0], None)
+        if model_class is None:
+            raise RbeError(
+                f"load: transformers {transformers.__version__} has no {names[0]}; give model_class=, or install the "
+                "version that has it"
+            )
+    model = model_class.from_pretrained(folder, local_files_only=True, **kwargs)
+    set_activations(model, activations)
+    return model
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RbeError(f"load: there is no {path}; give the folder that `rbe compress` wrote") from None
+    except (OSError, ValueError) as cause:
+        raise RbeError(f"load: {path} cannot be read ({cause})") from cause
+    if not isinstance(config, dict):
+        raise RbeError(f"load: {path} is not a model configuration")
+    return config
+
+
+def attach(model: Any, **settings: Any) -> None:
+    """Treat a model swapped after loading as one loaded so: `save_pretrained` and `dequantize` then work."""
+    config = RbeConfig(modules=swap.describe(model), **settings)
+    quantizer = RbeQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = METHOD
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+
+
+def fingerprint(folder: str | Path) -> dict[str, Any]:
+    """What the model in a folder answers to a fixed input: a few output values and their norm, for `check_fingerprint`.
+
+    The input is made of our own integer mixing, so it is the same everywhere; the model runs in float32.
+
+    Returns:
+        {"class", "output", "shape", "values" (32 floats), "norm"}, ready for JSON.
+
+    Raises:
+        RbeError: the folder is not a compressed model, or it does not take token ids.
+    """
+    return _answer(load(folder, dtype=torch.float32))
+
+
+def _answer(model: Any) -> dict[str, Any]:
+    config = model.config.get_text_config(decoder=True)
+    vocabulary = getattr(config, "vocab_size", None)
+    if not vocabulary:
+        raise RbeError(f"fingerprint: {type(model).__name__} does not take token ids")
+    longest = int(getattr(config, "max_position_embeddings", 0) or 16)
+    length = max(1, min(12, longest - 4))
+    ids = (fmix32(torch.arange(1, 2 * length + 1)) % int(vocabulary)).reshape(2, length)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    with torch.inference_mode():
+        output = model(**inputs, return_dict=True)
+    name, values = next((key, value) for key, value in output.items() if isinstance(value, Tensor))
+    flat = values.detach().float().reshape(-1)
+    picked = flat[fmix32(torch.arange(32)) % flat.numel()]
+    return {
+        "class": type(model).__name__,
+        "output": name,
+        "shape": list(values.shape),
+        "values": [float(f"{value:.6g}") for value in picked.tolist()],
+        "norm": float(f"{float(flat.norm()):.6g}"),
+    }
+
+
+def check_fingerprint(folder: str | Path, expected: dict[str, Any], tolerance: float = 2e-3) -> str | None:
+    """Compare what the model answers now with a stored fingerprint.
+
+    Args:
+        expected: what `fingerprint` returned when the folder was written.
+        tolerance: allowed difference in parts of the root mean square output. Instruction tiers sum in another order,
+            which moves an output by about 1e-5 of it; random weights differ by more than 1.
+
+    Returns:
+        what is wrong, or None.
+    """
+    now = fingerprint(folder)
+    for key in ("class", "output", "shape"):
+        if now[key] != expected.get(key):
+            return f"fingerprint: {key} is {now[key]}, it was {expected.get(key)} when the folder was written"
+    count = 1
+    for side in now["shape"]:
+        count *= side
+    unit = max(float(expected["norm"]) / count**0.5, 1e-12)
+    worst = max(abs(a - b) for a, b in zip(now["values"], expected["values"], strict=True)) / unit
+    worst = max(worst, abs(now["norm"] - float(expected["norm"])) / max(float(expected["norm"]), 1e-12))
+    if not worst <= tolerance:
+        return (
+            f"fingerprint: the model's outputs differ from those when the folder was written by {worst:.2g} of their "
+            f"size (allowed {tolerance:g}); the weights are not the ones that were stored"
+        )
+    return None
