@@ -4,6 +4,9 @@
 
 namespace nb = nanobind;
 
+void bind_encoder(nb::module_& m);
+
 NB_MODULE(_cpu, m) {
     m.doc() = "C++ kernels of rbe.";
+    bind_encoder(m);
 }

@@ -1,0 +1,48 @@
+// Trellis encoder: the ring of bits whose computed codes come nearest to a block of 256 weights (design 3.4).
+// The definition is formats/trellis.py. Every tier gives the same bits: float32 costs, each operation rounded alone.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace rbe {
+
+constexpr int kBlock = 16;
+constexpr int kWeights = kBlock * kBlock;
+
+// One tensor's search, shared by all threads and read only.
+struct Trellis {
+    int window;             // L, 2^L states
+    int w;                  // w / 2 bits a weight
+    int starts;             // full passes; the best one is kept
+    int reach;              // weights on either side of the seam that the first, open pass walks
+    const float* codes[2];  // the code of every state, for even and odd t, in the order in which the pass reads them
+};
+
+// One thread's memory; every pointer is aligned to 64 bytes.
+struct Scratch {
+    float* costs[2];   // 2^L floats each: the cheapest way into every group of states
+    uint8_t* choices;  // 256 rows of `choice_bytes`: which predecessor won, one bit a comparison
+    size_t choice_bytes;
+    int32_t* path;  // 256 states
+    int32_t* best;  // 256 states
+};
+
+// Weight t takes new_bits(w, t) fresh bits of the ring; they end before ring bit ring_end(w, t).
+inline int ring_end(int w, int t) { return (w * (t + 1) + 1) / 2; }
+inline int new_bits(int w, int t) { return ring_end(w, t & 1) - (w * (t & 1) + 1) / 2; }
+
+// A tier's entry points. `order` is the position of state s of parity p in codes[p]. `encode` finds the states of one
+// block: x (256) in units of the code, weight (256, or null for all ones) multiplies the squared errors; returns the cost.
+struct Tier {
+    const char* name;
+    size_t (*order)(const Trellis&, int parity, uint32_t state);
+    float (*encode)(const Trellis&, const Scratch&, const float* x, const float* weight);
+};
+
+extern const Tier viterbi_portable;
+#if defined(__x86_64__)
+extern const Tier viterbi_avx2;
+extern const Tier viterbi_avx512;
+#endif
+
+}  // namespace rbe
