@@ -16,7 +16,7 @@ constexpr auto kReport = std::chrono::milliseconds(200);
 void encode_trellis(uintptr_t matrix, uintptr_t importance, uintptr_t row_energy, int64_t rows, int64_t columns, float unit,
                     int window, int w, int starts, int reach, uint32_t even, uint32_t odd, int threads, uintptr_t seeds,
                     uintptr_t sums, nb::object progress) {
-    rbe::Encoding work{};
+    rbe::viterbi::Encoding work{};
     work.matrix = reinterpret_cast<const float*>(matrix);
     work.importance = reinterpret_cast<const float*>(importance);
     work.row_energy = reinterpret_cast<const float*>(row_energy);
@@ -32,7 +32,7 @@ void encode_trellis(uintptr_t matrix, uintptr_t importance, uintptr_t row_energy
     work.threads = threads;
     work.seeds = reinterpret_cast<uint64_t*>(seeds);
     work.sums = reinterpret_cast<double*>(sums);
-    const std::string tier = rbe::encoder_tier(std::getenv("RBE_TIER"));
+    const std::string tier = rbe::viterbi::encoder_tier(std::getenv("RBE_TIER"));
     auto last = std::chrono::steady_clock::now();
     auto tick = [&](int64_t blocks) {
         nb::gil_scoped_acquire hold;
@@ -45,7 +45,7 @@ void encode_trellis(uintptr_t matrix, uintptr_t importance, uintptr_t row_energy
         return true;
     };
     nb::gil_scoped_release release;
-    rbe::encode_matrix(work, tier, tick);
+    rbe::viterbi::encode_matrix(work, tier, tick);
 }
 
 }  // namespace
@@ -55,5 +55,5 @@ void bind_encoder(nb::module_& m) {
           nb::arg("rows"), nb::arg("columns"), nb::arg("unit"), nb::arg("window"), nb::arg("w"), nb::arg("starts"),
           nb::arg("reach"), nb::arg("even"), nb::arg("odd"), nb::arg("threads"), nb::arg("seeds"), nb::arg("sums"),
           nb::arg("progress").none());
-    m.def("encoder_tier", [] { return rbe::encoder_tier(std::getenv("RBE_TIER")); });
+    m.def("encoder_tier", [] { return rbe::viterbi::encoder_tier(std::getenv("RBE_TIER")); });
 }

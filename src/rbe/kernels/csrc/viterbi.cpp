@@ -14,7 +14,7 @@
 
 #include "viterbi_driver.h"
 
-namespace rbe {
+namespace rbe::viterbi {
 namespace {
 
 // An outlier this many code units from zero already outvotes its neighbours; further out, float32 costs lose their grain.
@@ -42,11 +42,11 @@ int code_of(uint32_t state, uint32_t multiplier) {
 
 const Tier& find_tier(const std::string& name) {
 #if defined(__x86_64__)
-    if (name == "avx512") return viterbi_avx512;
-    if (name == "avx2") return viterbi_avx2;
+    if (name == "avx512") return avx512_tier;
+    if (name == "avx2") return avx2_tier;
 #endif
     (void)name;
-    return viterbi_portable;
+    return portable_tier;
 }
 
 struct Worker {
@@ -198,4 +198,4 @@ bool encode_matrix(const Encoding& work, const std::string& tier_name, const std
     return !stop;
 }
 
-}  // namespace rbe
+}  // namespace rbe::viterbi

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace rbe {
+namespace rbe::viterbi {
 
 constexpr int kBlock = 16;
 constexpr int kWeights = kBlock * kBlock;
@@ -27,9 +27,10 @@ struct Scratch {
     int32_t* best;  // 256 states
 };
 
+// `static`: a copy compiled for one tier must never be shared with another.
 // Weight t takes new_bits(w, t) fresh bits of the ring; they end before ring bit ring_end(w, t).
-inline int ring_end(int w, int t) { return (w * (t + 1) + 1) / 2; }
-inline int new_bits(int w, int t) { return ring_end(w, t & 1) - (w * (t & 1) + 1) / 2; }
+static inline int ring_end(int w, int t) { return (w * (t + 1) + 1) / 2; }
+static inline int new_bits(int w, int t) { return ring_end(w, t & 1) - (w * (t & 1) + 1) / 2; }
 
 // A tier's entry points. `order` is the position of state s of parity p in codes[p]. `encode` finds the states of one
 // block: x (256) in units of the code, weight (256, or null for all ones) multiplies the squared errors; returns the cost.
@@ -39,10 +40,10 @@ struct Tier {
     float (*encode)(const Trellis&, const Scratch&, const float* x, const float* weight);
 };
 
-extern const Tier viterbi_portable;
+extern const Tier portable_tier;
 #if defined(__x86_64__)
-extern const Tier viterbi_avx2;
-extern const Tier viterbi_avx512;
+extern const Tier avx2_tier;
+extern const Tier avx512_tier;
 #endif
 
-}  // namespace rbe
+}  // namespace rbe::viterbi

@@ -46,4 +46,4 @@ inline void store_split(float* to, Vector v) {
 
 #include "viterbi_kernel.h"
 
-const rbe::Tier rbe::viterbi_avx2 = {"avx2", rbe::viterbi::avx2::order, rbe::viterbi::avx2::encode};
+const rbe::viterbi::Tier rbe::viterbi::avx2_tier = {"avx2", rbe::viterbi::avx2::order, rbe::viterbi::avx2::encode};

@@ -46,4 +46,4 @@ inline void store_split(float* to, Vector v) {
 
 #include "viterbi_kernel.h"
 
-const rbe::Tier rbe::viterbi_avx512 = {"avx512", rbe::viterbi::avx512::order, rbe::viterbi::avx512::encode};
+const rbe::viterbi::Tier rbe::viterbi::avx512_tier = {"avx512", rbe::viterbi::avx512::order, rbe::viterbi::avx512::encode};

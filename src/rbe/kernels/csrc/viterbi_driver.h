@@ -4,7 +4,7 @@
 #include <functional>
 #include <string>
 
-namespace rbe {
+namespace rbe::viterbi {
 
 struct Encoding {
     const float* matrix;      // (rows, columns), row-major
@@ -26,4 +26,4 @@ std::string encoder_tier(const char* forced);
 // work stops early and the result is false. The seeds do not depend on the number of threads, nor on the tier.
 bool encode_matrix(const Encoding& work, const std::string& tier, const std::function<bool(int64_t)>& tick);
 
-}  // namespace rbe
+}  // namespace rbe::viterbi

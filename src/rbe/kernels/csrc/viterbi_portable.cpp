@@ -50,4 +50,4 @@ inline void store_split(float* to, Vector v) {
 
 #include "viterbi_kernel.h"
 
-const rbe::Tier rbe::viterbi_portable = {"portable", rbe::viterbi::portable::order, rbe::viterbi::portable::encode};
+const rbe::viterbi::Tier rbe::viterbi::portable_tier = {"portable", rbe::viterbi::portable::order, rbe::viterbi::portable::encode};
