@@ -1,0 +1,274 @@
+// What does not depend on the instruction set: choosing the tier, threads, scales, edges.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <string_view>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "trellis.h"
+
+namespace rbe {
+namespace {
+
+const char* const ORDER[] = {"portable", "avx2", "avx512", "amx"};
+
+const Tier* find(std::string_view name) {
+    if (name == "portable") return &portable_tier();
+#if defined(RBE_X86_TIERS)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+    if (name == "avx2" && avx2) return &avx2_tier();
+    if (name == "avx512" && avx512) return &avx512_tier();
+    if (name == "amx" && avx512 && amx_permitted()) return &amx_tier();
+#endif
+    return nullptr;
+}
+
+const Tier* best(std::string_view limit) {
+    const Tier* found = &portable_tier();
+    for (const char* name : ORDER) {
+        if (const Tier* t = find(name)) found = t;
+        if (limit == name) break;
+    }
+    return found;
+}
+
+std::atomic<const Tier*> current{nullptr};
+
+// OpenMP and not a pool of our own: torch runs the same runtime in the process, and two pools that spin on the same
+// cores cost each other whole time slices. Work is handed out in small pieces because the cores may be shared.
+template <class F>
+void parallel(int64_t pieces, int threads, const F& work) {
+    threads = static_cast<int>(std::min<int64_t>(threads, pieces));
+#ifdef _OPENMP
+    if (threads > 1) {
+        std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(threads)
+        for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) work(k);
+        return;
+    }
+#endif
+    for (int64_t k = 0; k < pieces; k++) work(k);
+}
+
+float half_to_float(uint16_t h) {
+    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
+    uint32_t bits;
+    if (exponent == 31) {
+        bits = sign | 0x7F800000u | (fraction << 13);
+    } else if (exponent != 0) {
+        bits = sign | ((exponent + 112) << 23) | (fraction << 13);
+    } else {
+        const float tiny = static_cast<float>(fraction) * 0x1p-24f;
+        return sign ? -tiny : tiny;
+    }
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+// Reused by a thread from call to call; large ones are given back.
+class Scratch {
+  public:
+    void* get(size_t bytes) {
+        if (bytes > size_) {
+            memory_.reset();
+            memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+            if (!memory_) throw std::bad_alloc();
+            size_ = bytes;
+        }
+        return memory_.get();
+    }
+    void trim() {
+        if (size_ > (size_t{4} << 20)) memory_.reset(), size_ = 0;
+    }
+
+  private:
+    struct Free {
+        void operator()(uint8_t* p) const { std::free(p); }
+    };
+    std::unique_ptr<uint8_t, Free> memory_;
+    size_t size_ = 0;
+};
+thread_local Scratch scratch_rows, scratch_values, scratch_packed, scratch_sums;
+
+// Integers X with x = X * unit, |X| < 2^30 (or |X| <= 127), for one row. Returns the unit; NaN where x is not finite.
+double to_fixed(const Tier& t, const float* x, int64_t n, bool int8, int32_t* out) {
+    const float top = t.largest(x, n);
+    if (!std::isfinite(top) || top == 0) {
+        std::fill_n(out, n, 0);
+        return top == 0 ? 1.0 : std::numeric_limits<double>::quiet_NaN();
+    }
+    int exponent;
+    if (int8) {
+        // Bring the row near 1 first, so that 127 / top neither overflows nor loses bits on denormals.
+        std::frexp(top, &exponent);
+        const float near = std::ldexp(1.0f, std::clamp(-exponent, -126, 126));
+        const float factor = 127.0f / (top * near);
+        t.fixed_point(x, n, near, factor, out);
+        return 1.0 / (static_cast<double>(near) * static_cast<double>(factor));
+    }
+    std::frexp(top, &exponent);  // top < 2^exponent
+    const int power = FIXED_BITS - exponent, half = power / 2;
+    t.fixed_point(x, n, std::ldexp(1.0f, half), std::ldexp(1.0f, power - half), out);
+    return std::ldexp(1.0, -power);
+}
+
+}  // namespace
+
+bool tier_available(const char* name) { return find(name) != nullptr; }
+
+bool set_tier(const char* name) {
+    const char* limit = std::getenv("RBE_TIER");
+    const Tier* t = *name ? find(name) : best(limit ? limit : "amx");
+    if (t) current = t;
+    return t != nullptr;
+}
+
+const Tier& tier() {
+    if (!current.load()) set_tier("");
+    return *current;
+}
+
+void matmul(const Call& call) {
+    const Matrix& m = *call.matrix;
+    const Tier& t = tier();
+    const int64_t batch = call.batch, cols = m.padded_cols();
+    if (batch == 0) return;
+    int32_t* values = static_cast<int32_t*>(scratch_values.get(static_cast<size_t>(batch * cols) * 4));
+    std::vector<double> units(static_cast<size_t>(batch));
+    parallel(batch, batch * cols < 32768 ? 1 : call.threads, [&](int64_t b) {
+        float* row = static_cast<float*>(scratch_rows.get(static_cast<size_t>(m.cols) * 4));
+        std::copy_n(call.x + b * m.cols, m.cols, row);
+        t.rotate(row, m.cols, m.rotation_in);
+        std::fill(values + b * cols + m.cols, values + (b + 1) * cols, 0);
+        units[static_cast<size_t>(b)] = to_fixed(t, row, m.cols, call.int8, values + b * cols) * *m.scale;
+    });
+    Activations a{batch, cols, call.int8, values, scratch_packed.get(t.packed_bytes(m, batch, cols, call.int8))};
+    t.pack(m, a);
+    // Bands of a few block rows: large enough to hide the hand-out, small enough to share two unequal cores evenly.
+    const int64_t work = m.block_rows * m.block_cols * (batch + 3) / 4;
+    const int threads = work < 512 ? 1 : call.threads;
+    const int64_t band = std::clamp<int64_t>(m.block_rows / (8 * threads), 1, 8) * (threads == 1 ? 8 : 1);
+    const int64_t bands = (m.block_rows + band - 1) / band;
+    std::atomic<int64_t> next{0};
+    parallel(threads, threads, [&](int64_t) {
+        t.enter();
+        int64_t* sums = static_cast<int64_t*>(scratch_sums.get(static_cast<size_t>(batch * band * EDGE) * 8));
+        for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < bands;) {
+            const int64_t begin = k * band, end = std::min(begin + band, m.block_rows), stride = band * EDGE;
+            t.product(m, a, begin, end, sums, stride);
+            const int64_t first = begin * EDGE, count = std::min(end * EDGE, m.rows) - first;
+            for (int64_t b = 0; b < batch; b++) {
+                float* y = call.y + b * m.rows + first;
+                const int64_t* s = sums + b * stride;
+                const double unit = units[static_cast<size_t>(b)];
+                if (m.row_scale)
+                    for (int64_t r = 0; r < count; r++)
+                        y[r] = static_cast<float>(static_cast<double>(s[r]) * unit * half_to_float(m.row_scale[first + r]));
+                else
+                    for (int64_t r = 0; r < count; r++) y[r] = static_cast<float>(static_cast<double>(s[r]) * unit);
+            }
+        }
+        t.leave();
+    });
+    rotate_rows(call.y, batch, m.rows, m.rotation_out, true, call.threads);
+    scratch_values.trim(), scratch_packed.trim();
+}
+
+void rotate_rows(float* x, int64_t batch, int64_t n, uint32_t seed, bool back, int threads) {
+    if (seed == 0) return;
+    const Tier& t = tier();
+    parallel(batch, batch * n < 32768 ? 1 : threads,
+             [&](int64_t b) { (back ? t.rotate_back : t.rotate)(x + b * n, n, seed); });
+}
+
+void decode_columns(const Matrix& m, int64_t begin, int64_t end, float* out, int threads) {
+    const Tier& t = tier();
+    const int64_t width = end - begin;
+    parallel((width + EDGE - 1) / EDGE, threads, [&](int64_t band) {
+        const int64_t i = begin / EDGE + band, count = std::min<int64_t>(EDGE, width - band * EDGE);
+        float factor[EDGE];
+        for (int r = 0; r < EDGE; r++) {
+            factor[r] = *m.scale;
+            if (m.row_scale && r < count) factor[r] *= half_to_float(m.row_scale[i * EDGE + r]);
+        }
+        int16_t tile[256];
+        for (int64_t j = 0; j < m.block_cols; j++) {
+            t.codes(m, i, j, tile);
+            const int64_t columns = std::min<int64_t>(EDGE, m.cols - j * EDGE);
+            for (int64_t c = 0; c < columns; c++) {
+                float* to = out + (j * EDGE + c) * width + band * EDGE;
+                if (count == EDGE)
+                    for (int r = 0; r < EDGE; r++) to[r] = static_cast<float>(tile[EDGE * c + r]) * factor[r];
+                else
+                    for (int64_t r = 0; r < count; r++) to[r] = static_cast<float>(tile[EDGE * c + r]) * factor[r];
+            }
+        }
+    });
+}
+
+namespace {
+// Row r of block row i, scaled, not rotated back.
+void one_row(const Tier& t, const Matrix& m, int64_t row, float* out) {
+    float factor = *m.scale;
+    if (m.row_scale) factor *= half_to_float(m.row_scale[row]);
+    int16_t tile[256];
+    for (int64_t j = 0; j < m.block_cols; j++) {
+        t.codes(m, row / EDGE, j, tile);
+        const int64_t columns = std::min<int64_t>(EDGE, m.cols - j * EDGE);
+        for (int64_t c = 0; c < columns; c++)
+            out[j * EDGE + c] = static_cast<float>(tile[EDGE * c + row % EDGE]) * factor;
+    }
+}
+}  // namespace
+
+void rows(const Matrix& m, const int64_t* index, int64_t count, float* out, int threads) {
+    const Tier& t = tier();
+    parallel(count, count * m.block_cols < 512 ? 1 : threads, [&](int64_t k) {
+        one_row(t, m, index[k], out + k * m.cols);
+        t.rotate_back(out + k * m.cols, m.cols, m.rotation_in);
+    });
+}
+
+void decode(const Matrix& m, float* out, int threads) {
+    const Tier& t = tier();
+    parallel(m.block_rows, threads, [&](int64_t i) {
+        const int64_t first = i * EDGE, count = std::min<int64_t>(EDGE, m.rows - first);
+        int16_t tile[256];
+        float factor[EDGE];
+        for (int64_t r = 0; r < count; r++)
+            factor[r] = *m.scale * (m.row_scale ? half_to_float(m.row_scale[first + r]) : 1.0f);
+        for (int64_t j = 0; j < m.block_cols; j++) {
+            t.codes(m, i, j, tile);
+            const int64_t columns = std::min<int64_t>(EDGE, m.cols - j * EDGE);
+            for (int64_t r = 0; r < count; r++)
+                for (int64_t c = 0; c < columns; c++)
+                    out[(first + r) * m.cols + j * EDGE + c] = static_cast<float>(tile[EDGE * c + r]) * factor[r];
+        }
+        for (int64_t r = 0; r < count; r++) t.rotate_back(out + (first + r) * m.cols, m.cols, m.rotation_in);
+    });
+    if (m.rotation_out == 0) return;
+    // The output rotation runs down the columns: panels of columns are turned, rotated and turned back.
+    constexpr int64_t PANEL = 16;
+    parallel((m.cols + PANEL - 1) / PANEL, threads, [&](int64_t p) {
+        const int64_t first = p * PANEL, width = std::min(PANEL, m.cols - first);
+        float* turned = static_cast<float*>(scratch_rows.get(static_cast<size_t>(width * m.rows) * 4));
+        for (int64_t r = 0; r < m.rows; r++)
+            for (int64_t c = 0; c < width; c++) turned[c * m.rows + r] = out[r * m.cols + first + c];
+        for (int64_t c = 0; c < width; c++) t.rotate_back(turned + c * m.rows, m.rows, m.rotation_out);
+        for (int64_t r = 0; r < m.rows; r++)
+            for (int64_t c = 0; c < width; c++) out[r * m.cols + first + c] = turned[c * m.rows + r];
+    });
+}
+
+}  // namespace rbe
