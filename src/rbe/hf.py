@@ -19,7 +19,8 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer, auto
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rbe import search
@@ -193,9 +194,8 @@ class RbeQuantizer(HfQuantizer):
         return None, {"rbe.format_version": str(FORMAT_VERSION), "rbe.tensors": tensors}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        if isinstance(dtype, str):  # saving a model turns its configuration's dtype into text
-            dtype = getattr(torch, dtype)
-        return swap.decompress_(model, dtype)
+        # Saving a model turns its configuration's dtype into text.
+        return swap.decompress_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
 def _register() -> None:

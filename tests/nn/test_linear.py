@@ -61,7 +61,7 @@ def test_it_is_not_torchs_linear() -> None:
 def test_fresh_weights_have_torchs_variance() -> None:
     torch.manual_seed(0)
     layer = rbe.nn.Linear(256, 512, bits=2, rotation=(1, 2))
-    assert float(layer.weight.std()) == pytest.approx((3 * 256) ** -0.5, rel=0.05)
+    assert float(layer.weight.std()) == pytest.approx((3 * 256) ** -0.5, rel=0.1)
 
 
 def test_weight_is_decoded_and_read_only() -> None:
@@ -149,7 +149,7 @@ def test_wrong_parts_are_refused() -> None:
     matrix = random_matrix(40, 24)
     with pytest.raises(RbeError, match="bias is \\(24,\\), but the matrix has 40 rows"):
         rbe.nn.Linear.from_matrix(matrix, torch.zeros(24))
-    with pytest.raises(RbeError, match="choose one of 0.5"):
+    with pytest.raises(RbeError, match="choose one of"):
         rbe.nn.Linear(24, 40, bits=5)
     with pytest.raises(RbeError):
         rbe.nn.Linear.from_matrix(matrix)(torch.randn(3, 25))

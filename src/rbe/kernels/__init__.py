@@ -90,7 +90,7 @@ class Prepared:
         self._native: Any = None
         self._pointers = (0, 0)
         tensors = [seeds, scale] if row_scale is None else [seeds, scale, row_scale]
-        if all(_plain(t) and t.is_contiguous() for t in tensors):
+        if not torch.compiler.is_compiling() and all(_plain(t) and t.is_contiguous() for t in tensors):
             self._native = cpu.native(spec, seeds, scale, row_scale)
             self._pointers = (seeds.data_ptr(), scale.data_ptr())
 

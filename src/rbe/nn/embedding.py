@@ -5,7 +5,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from rbe import kernels
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.matrix import SeedMatrix
@@ -113,8 +112,7 @@ class Embedding(Seeded):
         Raises:
             RbeError: an index is outside the table, or is not an integer.
         """
-        rows = kernels.rows(index, self.spec, self.seeds, self.scale, self.row_scale)
-        return rows.to(self.weight_dtype)
+        return self._ready().rows(index).to(self.weight_dtype)
 
     def extra_repr(self) -> str:
         """Shapes and rate."""

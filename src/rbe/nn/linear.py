@@ -134,7 +134,7 @@ class Linear(Seeded):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features), in x's dtype."""
-        y = self._multiply(x)
+        y = self._ready().matmul(x, self.activations)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

@@ -51,7 +51,7 @@ class Seeded(nn.Module):
         self.transposed = transposed
         self.weight_dtype = dtype or torch.get_default_dtype()
         self.activations = "float32"
-        self._prepared: Any = None
+        self._prepared: kernels.Prepared | None = None
         # A tuple hides the owner from torch's registry: it is not a submodule, so state dicts and sizes count it once.
         self._owner: tuple[Seeded, ...] = () if owner is None else (owner,)
         if owner is not None:
@@ -106,8 +106,18 @@ class Seeded(nn.Module):
         """Take over the tensors of an encoded matrix."""
         self.seeds, self.scale, self.row_scale = matrix.seeds, matrix.scale, matrix.row_scale
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        return kernels.seed_matmul(x, self.spec, self.seeds, self.scale, self.row_scale, self.activations)
+    def _ready(self) -> kernels.Prepared:
+        """The matrix, checked once and ready for the kernels; made anew when a tensor was moved or replaced."""
+        owner = self._owner[0] if self._owner else self
+        tensors = owner._buffers
+        seeds, scale, row_scale = tensors["seeds"], tensors["scale"], tensors["row_scale"]
+        assert seeds is not None and scale is not None
+        if torch.compiler.is_compiling():  # a traced binding must not outlive the trace
+            return kernels.prepare(self.spec, seeds, scale, row_scale)
+        prepared = owner._prepared
+        if prepared is None or not prepared.fits(seeds, scale, row_scale):
+            prepared = owner._prepared = kernels.prepare(self.spec, seeds, scale, row_scale)
+        return prepared
 
     def __getattr__(self, name: str) -> Any:
         if name in _STORED and self._owner:

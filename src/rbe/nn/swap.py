@@ -243,24 +243,21 @@ def _set(model: nn.Module, path: str, module: nn.Module) -> None:
     parent_path, _, leaf = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     setattr(parent, leaf, module)
-    _fused_path(parent, allowed=not any(isinstance(m, Seeded) for m in parent.children()))
-    if isinstance(module, Seeded):
+    is_dense = not any(isinstance(child, Seeded) for child in parent.children())
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        # Its fused kernel would decode the weights on every call; without it the layer calls its children.
+        kinds = {nn.functional.relu: 1, nn.functional.gelu: 2}
+        parent.activation_relu_or_gelu = kinds.get(parent.activation, 0) if is_dense else 0
         for ancestor in _ancestors(model, parent_path):
-            if isinstance(ancestor, nn.TransformerEncoder):
-                ancestor.use_nested_tensor = False
+            if isinstance(ancestor, nn.TransformerEncoder):  # only the fused kernel takes the nested tensors it makes
+                before = ancestor.__dict__.setdefault("_dense_use_nested_tensor", ancestor.use_nested_tensor)
+                ancestor.use_nested_tensor = is_dense and before
 
 
 def _ancestors(model: nn.Module, path: str) -> Iterator[nn.Module]:
     while path:
         path = path.rpartition(".")[0]
         yield model.get_submodule(path)
-
-
-def _fused_path(layer: nn.Module, allowed: bool) -> None:
-    """Let torch's encoder layer use its fused kernel, which wants dense weights, only while they are dense."""
-    if isinstance(layer, nn.TransformerEncoderLayer):
-        kinds = {nn.functional.relu: 1, nn.functional.gelu: 2}
-        layer.activation_relu_or_gelu = kinds.get(layer.activation, 0) if allowed else 0
 
 
 def _forget_ties(model: nn.Module) -> None:
