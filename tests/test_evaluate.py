@@ -74,12 +74,14 @@ def test_perplexity_is_that_of_the_windows_one_by_one(gpt2: Path) -> None:
     model, tokenizer = load(gpt2, "AutoModelForCausalLM")
     tokens = evaluate.tokens_of(tokenizer, LINES)
     total, count = 0.0, 0
-    for start in range(0, len(tokens), 32):
-        ids = tokens[start : start + 32]
+    for start in range(0, len(tokens) - 1, 32):
+        ids = tokens[start : start + 32][: len(tokens) - 1 - start]
         with torch.no_grad():
-            logits = model(input_ids=ids[None]).logits[0, :-1]
-        total += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
-        count += len(ids) - 1
+            logits = model(input_ids=ids[None]).logits[0]
+        following = tokens[start + 1 : start + 1 + len(ids)]
+        total += torch.nn.functional.cross_entropy(logits, following, reduction="sum").item()
+        count += len(ids)
+    assert count == len(tokens) - 1
     found = evaluate.perplexity(model, tokens, 32)
     assert found == pytest.approx(math.exp(total / count), rel=1e-5)
     assert evaluate.compare(model, model, tokenizer, LINES).reference_perplexity == pytest.approx(found, rel=1e-6)

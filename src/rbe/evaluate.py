@@ -171,31 +171,36 @@ def tokens_of(tokenizer: Any, lines: Iterable[str]) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def windows(tokens: Tensor, context: int, batch: int) -> Iterator[Tensor]:
-    """Non-overlapping windows of `context` tokens, in batches (n, context); a last shorter one comes alone.
+def windows(tokens: Tensor, context: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Non-overlapping windows of `context` tokens with the token that follows each: two (n, context), in batches.
 
-    >>> [tuple(w.shape) for w in windows(torch.arange(23), context=5, batch=3)]
+    Every token but the very first is predicted once; a last shorter window comes alone.
+
+    >>> [tuple(ids.shape) for ids, _ in windows(torch.arange(24), context=5, batch=3)]
     [(3, 5), (1, 5), (1, 3)]
+    >>> next(windows(torch.arange(24), context=3, batch=2))[1].tolist()
+    [[1, 2, 3], [4, 5, 6]]
     """
-    whole = len(tokens) // context
-    table = tokens[: whole * context].reshape(whole, context)
+    predicted = max(len(tokens) - 1, 0)
+    whole = predicted // context
+    end = whole * context
+    ids, following = tokens[:end].reshape(whole, context), tokens[1 : end + 1].reshape(whole, context)
     for start in range(0, whole, batch):
-        yield table[start : start + batch]
-    rest = tokens[whole * context :]
-    if len(rest) > 1:
-        yield rest.unsqueeze(0)
+        yield ids[start : start + batch], following[start : start + batch]
+    if predicted > end:
+        yield tokens[end:predicted].unsqueeze(0), tokens[end + 1 :].unsqueeze(0)
 
 
 def perplexity(
     model: nn.Module, tokens: Tensor, context: int, progress: Callable[[int, int], None] | None = None
 ) -> float:
-    """Perplexity per token of a language model over non-overlapping windows; the first of each is not predicted."""
-    total, count, seen = 0.0, 0, 0
-    for ids in windows(tokens, context, _batch(model, context)):
-        loss = metrics.negative_log_likelihood(_logits(model, ids)[:, :-1], ids[:, 1:])
-        total, count, seen = total + loss.sum().item(), count + loss.numel(), seen + ids.numel()
+    """Perplexity per token of a language model over non-overlapping windows of `context` tokens."""
+    total, count = 0.0, 0
+    for ids, following in windows(tokens, context, _batch(model, context)):
+        loss = metrics.negative_log_likelihood(_logits(model, ids), following)
+        total, count = total + loss.sum().item(), count + loss.numel()
         if progress is not None:
-            progress(seen, len(tokens))
+            progress(count, len(tokens) - 1)
     if count == 0:
         raise RbeError(f"perplexity: the text has {len(tokens)} token(s); at least two are needed")
     return math.exp(total / count)
@@ -265,22 +270,22 @@ def _compare_language_models(
     context: int,
     progress: Callable[[int, int], None] | None,
 ) -> Fidelity:
-    sums, losses, count, seen = _Sums(), [0.0, 0.0], 0, 0
-    for ids in windows(tokens, context, _batch(reference, context)):
-        ours, theirs = _logits(model, ids)[:, :-1], _logits(reference, ids)[:, :-1]
+    sums, losses, count = _Sums(), [0.0, 0.0], 0
+    for ids, following in windows(tokens, context, _batch(reference, context)):
+        ours, theirs = _logits(model, ids), _logits(reference, ids)
         _same_shape(ours, theirs)
         sums.add(ours.flatten(0, 1), theirs.flatten(0, 1), logits=True)
         for k, logits in enumerate((ours, theirs)):
-            losses[k] += metrics.negative_log_likelihood(logits, ids[:, 1:]).sum().item()
-        count, seen = count + ids[:, 1:].numel(), seen + ids.numel()
+            losses[k] += metrics.negative_log_likelihood(logits, following).sum().item()
+        count += following.numel()
         if progress is not None:
-            progress(seen, len(tokens))
+            progress(count, len(tokens) - 1)
     if count == 0:
         raise RbeError(f"compare: the text has {len(tokens)} token(s); at least two are needed")
     return sums.fidelity(
         "language model",
         "tokens",
-        seen,
+        count,
         logits=True,
         perplexity=math.exp(losses[0] / count),
         reference_perplexity=math.exp(losses[1] / count),
