@@ -1,15 +1,17 @@
-"""Matrix to seeds: `encode`."""
+"""From a matrix to seeds: `encode`."""
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from rbe.formats import SeedSpec, trellis
+from rbe import formats
+from rbe.errors import RbeError
 from rbe.matrix import SeedMatrix
-from rbe.mixing import fmix32
-from rbe.rotation import rotate as _rotate
-from rbe.search import viterbi
+from rbe.search.viterbi import encode_trellis
+
+__all__ = ["encode"]
+
+_ENCODERS = {"trellis": encode_trellis}
 
 
 def encode(
@@ -24,22 +26,36 @@ def encode(
     threads: int | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> SeedMatrix:
-    """Encode a matrix as seeds."""
-    w = trellis.rate(bits)
-    L, starts = viterbi.EFFORTS[effort]
-    L = window or L
-    x = W.detach().to(torch.float32)
-    s = fmix32(torch.tensor([2 * seed + 1, 2 * seed + 2])).tolist()
-    rotation = (s[0] if rotate is True else 0, s[1] if rotate else 0)
-    row = None
-    if row_scale:
-        row = x.pow(2).mean(1).sqrt().to(torch.float16)
-        x = torch.where(row[:, None] > 0, x / row[:, None].float(), 0)
-    x = _rotate(_rotate(x, rotation[1]).T, rotation[0]).T.contiguous()
-    rms = x.pow(2).mean().sqrt().item()
-    unit = 0.99 * rms / viterbi.CODE_RMS or 1.0
-    found = viterbi.search(x, unit, L, w, starts, None, row.float() ** 2 if row is not None else None, threads)
-    return SeedMatrix(
-        SeedSpec("trellis", (W.shape[0], W.shape[1]), float(bits), 16, L, rotation),
-        found.seeds, torch.tensor(found.scale), row,
-    )
+    """Encode a matrix as seeds.
+
+    >>> import torch
+    >>> W = torch.randn(64, 96)
+    >>> m = encode(W, bits=2, effort="fast")
+    >>> m.shape, bool((m.decode() - W).square().mean() < 0.1)
+    ((64, 96), True)
+
+    Args:
+        W: (rows, columns), rows being outputs as in torch; any real floating dtype, finite.
+        format: name of the format.
+        bits: rate of the seeds, in bits per weight: 0.5 to 4 in steps of a half.
+        effort: "fast" (a trellis of 2^12 states), "balanced" (2^16) or "best" (2^16, several starting points).
+        rotate: True rotates both sides, which makes the weights Gaussian; "in" the feature side only, so that a row can
+            be generated alone (embeddings); False neither.
+        row_scale: give every row a float16 scale of its own; only without rotation of the output side.
+        seed: chooses the rotations.
+        window: bits a weight sees of its ring, 12, 14 or 16; default: the effort's.
+        threads: default: torch's; the result does not depend on it.
+        progress: called with (weights done, weights in all) a few times a second, and at the end.
+
+    Returns:
+        The seeds with the least-squares scale: the relative squared error is at most 1. A zero matrix gets scale 0.
+
+    Raises:
+        RbeError: the matrix is not 2-D, empty, not floating point or not finite, or an option is not offered.
+
+    Source: design 3.4.
+    """
+    formats.get(format)
+    if format not in _ENCODERS:
+        raise RbeError(f"encode: format {format!r} has no encoder; choose one of {', '.join(_ENCODERS)}")
+    return _ENCODERS[format](W, bits, effort, rotate, row_scale, seed, window, threads, progress).matrix

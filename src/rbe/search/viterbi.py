@@ -1,6 +1,7 @@
 """Encode into `trellis` seeds: Viterbi over every ring of bits, and the scale around it (design 3.4).
 
-The search itself is C++ (kernels/csrc/viterbi_kernel.h); here are the arguments, the scales and the error.
+The pass over the states is C++ (kernels/csrc/viterbi_kernel.h); here are the preparation of the matrix, the scale and
+the error. Everything is deterministic: the same seeds for any number of threads and on every instruction tier.
 """
 
 import math
@@ -12,18 +13,73 @@ import torch
 from torch import Tensor
 
 from rbe import _cpu
-from rbe.formats import trellis
-
-# effort -> (window, starts): starting points of the ring beyond the first buy 0.1 to 1 %.
-EFFORTS = {"fast": (12, 1), "balanced": (16, 1), "best": (16, 4)}
+from rbe.errors import RbeError
+from rbe.formats import SeedSpec, trellis
+from rbe.matrix import SeedMatrix
+from rbe.mixing import fmix32
+from rbe.rotation import rotate as _rotate
 
 # The standard deviation of the sum of four uniform bytes.
 CODE_RMS = 147.8
 
+# The code's deviation relative to the weights' that gives the smallest error on Gaussian weights, by window and w
+# (benchmarks/multipliers.py).
+SCALES: dict[int, tuple[float, ...]] = {
+    16: (0.72, 0.87, 0.94, 0.985, 1.02, 1.04, 1.07, 1.10),
+    14: (0.72, 0.87, 0.94, 0.985, 1.02, 1.04, 1.07, 1.10),
+    12: (0.72, 0.87, 0.94, 0.985, 1.02, 1.04, 1.07, 1.10),
+}
+
+# Blocks on which a scale is tried, and the window of the trial: the best scale hardly depends on it.
+_TRIAL_BLOCKS = 64
+_TRIAL_WINDOW = 12
+# A sample of blocks is noisy: the table's scale stays unless another one is better by this factor.
+_TRIAL_GAIN = 0.99
+_TRIAL_STEP = 1.12
+# Elements rotated at a time: the temporaries stay in cache and the matrix is the only large buffer.
+_CHUNK = 1 << 20
+# The largest row scale: float16 then reaches 2^34 below it.
+_LARGEST_ROW_SCALE = 1024.0
+
 
 @dataclass(frozen=True)
-class Search:
-    """What one call of the C++ encoder left: seeds and the sums that give scale and error."""
+class Effort:
+    """How hard to search.
+
+    Attributes:
+        window: bits of the trellis state.
+        starts: points of the ring from which it is closed; the best result is kept.
+        memory: how many spans of a window an open pass walks on either side of that point to settle the state there.
+    """
+
+    window: int
+    starts: int
+    memory: float
+
+    def reach(self, window: int, w: int) -> int:
+        """Weights on either side of the starting point."""
+        return min(trellis.WEIGHTS // 2, math.ceil(2 * self.memory * window / w))
+
+
+EFFORTS = {"fast": Effort(12, 1, 8), "balanced": Effort(16, 1, 12), "best": Effort(16, 2, math.inf)}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A matrix of seeds and how far it is from its source.
+
+    Attributes:
+        matrix: the seeds.
+        error: squared error divided by the energy of the source, both in float64; 0 for a zero matrix, never above 1.
+    """
+
+    matrix: SeedMatrix
+    error: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one search left: seeds int64 (blocks, 2 w) and the weighted sums of x x, x c and c c, c being the code."""
 
     seeds: Tensor
     xx: float
@@ -32,22 +88,27 @@ class Search:
 
     @property
     def scale(self) -> float:
-        """The least-squares scale of the codes."""
+        """The least-squares scale of the code."""
         return self.xc / self.cc if self.cc > 0 else 0.0
 
-    def error(self, scale: float) -> float:
-        """Squared error relative to the source, for this scale of the codes."""
-        return max(self.xx - 2 * scale * self.xc + scale * scale * self.cc, 0.0) / self.xx if self.xx > 0 else 0.0
+    def residual(self, scale: float) -> float:
+        """Squared error for a scale of the code."""
+        return max(self.xx - 2 * scale * self.xc + scale * scale * self.cc, 0.0)
+
+    @property
+    def error(self) -> float:
+        """Squared error relative to x, with the least-squares scale."""
+        return self.residual(self.scale) / self.xx if self.xx > 0 else 0.0
 
 
-def threads_by_default() -> int:
-    """As many threads as torch would use here, and no more than this process may run on."""
-    return max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+def default_threads() -> int:
+    """As many threads as torch uses, but no more than this process may run on.
 
-
-def reach(window: int, w: int) -> int:
-    """Weights on either side of the seam that settle the state there: several times what a window spans."""
-    return min(128, max(32, math.ceil(6 * window / w)))
+    >>> default_threads() >= 1
+    True
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(torch.get_num_threads(), allowed))
 
 
 def search(
@@ -55,37 +116,230 @@ def search(
     unit: float,
     window: int,
     w: int,
+    *,
     starts: int = 1,
+    reach: int = trellis.WEIGHTS // 2,
     importance: Tensor | None = None,
     row_energy: Tensor | None = None,
     threads: int | None = None,
     progress: Callable[[int], object] | None = None,
     multipliers: tuple[int, int] | None = None,
-    overlap: int | None = None,
-) -> Search:
-    """Find seeds whose codes times `unit` come near the float32 matrix x (rows, columns)."""
+) -> Found:
+    """Find the seeds whose codes, times `unit`, come nearest to x.
+
+    >>> found = search(torch.randn(16, 32), 1 / 148, window=12, w=4)
+    >>> found.seeds.shape, found.error < 0.12
+    (torch.Size([2, 8]), True)
+
+    Args:
+        x: float32 (rows, columns), contiguous; padded to whole blocks with cells that do not count.
+        unit: the size of one code step, positive.
+        starts: points of the ring from which it is closed; the best result is kept.
+        reach: weights, 1 to 128, on either side of such a point that settle the state there.
+        importance: float32 like x, not negative: multiplies the squared errors of the search and the sums.
+        row_energy: float32 (rows,), multiplies the sums only.
+        threads: default `default_threads()`; the result does not depend on it.
+        progress: called a few times a second with the number of blocks done; an exception in it stops the search.
+        multipliers: others than the format's, to try them.
+    """
     rows, columns = x.shape
+    for name, t, shape in (
+        ("x", x, (rows, columns)),
+        ("importance", importance, (rows, columns)),
+        ("row_energy", row_energy, (rows,)),
+    ):
+        # The C++ side reads raw memory.
+        if t is not None and (
+            t.dtype != torch.float32 or t.shape != shape or not t.is_contiguous() or t.device.type != "cpu"
+        ):
+            raise RbeError(
+                f"search: {name} is {t.dtype} {tuple(t.shape)} on {t.device}; "
+                f"it must be contiguous float32 {shape} on the CPU"
+            )
     blocks = -(-rows // trellis.BLOCK) * -(-columns // trellis.BLOCK)
     seeds = torch.empty(blocks, 2 * w, dtype=torch.int64)
     sums = torch.empty(blocks, 3, dtype=torch.float64)
-    even, odd = multipliers or trellis.multipliers(window, w)
     _cpu.encode_trellis(
-        x.data_ptr(),
-        0 if importance is None else importance.data_ptr(),
-        0 if row_energy is None else row_energy.data_ptr(),
+        *(0 if t is None else t.data_ptr() for t in (x, importance, row_energy)),
         rows,
         columns,
         unit,
         window,
         w,
         starts,
-        reach(window, w) if overlap is None else overlap,
-        even,
-        odd,
-        threads or threads_by_default(),
+        reach,
+        *(multipliers or trellis.multipliers(window, w)),
+        threads or default_threads(),
         seeds.data_ptr(),
         sums.data_ptr(),
         progress,
     )
-    xx, xc, cc = sums.sum(0).tolist()
-    return Search(seeds, xx, xc, cc)
+    # fsum is exact: no dependence on how torch would split a reduction.
+    xx, xc, cc = (math.fsum(column) for column in sums.T.tolist())
+    return Found(seeds, xx, xc, cc)
+
+
+def _source(W: Tensor) -> tuple[Tensor, int]:
+    """A float32 copy of W scaled by a power of two to at most 1, and the exponent that undoes it."""
+    if W.ndim != 2:
+        raise RbeError(
+            f"encode: the matrix is {W.ndim}-D {tuple(W.shape)}; "
+            "a seed matrix is 2-D: reshape it to (rows, columns) first"
+        )
+    if W.numel() == 0:
+        raise RbeError(f"encode: the matrix {tuple(W.shape)} is empty; there is nothing to encode: leave it as it is")
+    if not W.is_floating_point():
+        raise RbeError(f"encode: the matrix is {W.dtype}; real floating-point weights are needed: convert it first")
+    if W.is_meta:
+        raise RbeError("encode: the matrix is on the meta device and holds no values; load the weights first")
+    x = W.detach().to("cpu", torch.float32, copy=True).contiguous()
+    low, high = (v.item() for v in torch.aminmax(x))
+    largest = max(-low, high)
+    if not math.isfinite(largest):
+        index = tuple((~torch.isfinite(x)).nonzero()[0].tolist())
+        beyond = "beyond float32" if math.isfinite(W[index].item()) else "not a number that can be encoded"
+        raise RbeError(
+            f"encode: entry {index} of the matrix {tuple(W.shape)} is {W[index].item()}, {beyond}; "
+            "the source is damaged or the training diverged"
+        )
+    exponent = math.frexp(largest)[1]
+    half = -exponent // 2
+    return x.mul_(2.0**half).mul_(2.0 ** (-exponent - half)), exponent  # in two steps: 2^149 is no float32
+
+
+def _rotate_(x: Tensor, rotation: tuple[int, int]) -> None:
+    """x = R_out x R_in^T in place, some rows or columns at a time."""
+    rows, columns = x.shape
+    for part in x.split(max(1, _CHUNK // columns)):
+        part.copy_(_rotate(part, rotation[1]))
+    for part in x.split(max(16, _CHUNK // rows), dim=1):
+        part.copy_(_rotate(part.T.contiguous(), rotation[0]).T)
+
+
+def _rotation(shape: tuple[int, int], rotate: bool | str, seed: int) -> tuple[int, int]:
+    """The rotation seeds (out, in); a side of 1 has nothing to rotate."""
+    sides = {True: (True, True), "in": (False, True), False: (False, False)}
+    if not isinstance(rotate, bool | str) or rotate not in sides:
+        raise RbeError(f"encode: rotate={rotate!r} is not offered; choose True (both sides), 'in' (features) or False")
+    drawn = fmix32(torch.tensor([2 * seed + 1, 2 * seed + 2]) & 0xFFFFFFFF).tolist()
+    out, in_ = (max(1, s) if wanted and n > 1 else 0 for s, wanted, n in zip(drawn, sides[rotate], shape, strict=True))
+    return out, in_
+
+
+def _row_scale_(x: Tensor) -> Tensor:
+    """Divide every row by its root mean square in place; returns it, float16 (rows,), 0 for a row too small."""
+    rms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) / math.sqrt(x.shape[1])
+    row_scale = (rms * (_LARGEST_ROW_SCALE / rms.max())).to(torch.float16)
+    x.mul_(torch.where(row_scale > 0, 1 / row_scale.double(), 0.0).to(torch.float32)[:, None])
+    return row_scale
+
+
+def _sample(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks spread evenly over x, side by side in one row of blocks, and which of their cells exist."""
+    block = trellis.BLOCK
+    across = -(-x.shape[1] // block)
+    blocks = -(-x.shape[0] // block) * across
+    count = min(blocks, _TRIAL_BLOCKS)
+    values, exists = torch.zeros(block, count * block), torch.zeros(block, count * block)
+    for k in range(count):
+        row, column = divmod((2 * k + 1) * blocks // (2 * count), across)
+        part = x[row * block : (row + 1) * block, column * block : (column + 1) * block]
+        values[: part.shape[0], k * block : k * block + part.shape[1]] = part
+        exists[: part.shape[0], k * block : k * block + part.shape[1]] = 1.0
+    return values, exists
+
+
+def _unit(x: Tensor, energy: float, window: int, w: int, threads: int | None) -> float:
+    """The code step for x: the Gaussian one, or a better one if a sample of blocks clearly asks for it."""
+    step = math.sqrt(energy / x.numel()) / CODE_RMS
+    values, exists = _sample(x)
+
+    def error(factor: float) -> float:
+        unit = factor * SCALES[_TRIAL_WINDOW][w - 1] * step
+        return search(values, unit, _TRIAL_WINDOW, w, reach=48, importance=exists, threads=threads).error
+
+    best, best_error = 1.0, error(1.0)
+    for direction in (1 / _TRIAL_STEP, _TRIAL_STEP):
+        factor, start = best * direction, best
+        while (candidate := error(factor)) < _TRIAL_GAIN * best_error:
+            best, best_error, factor = factor, candidate, factor * direction
+        if best != start:
+            break
+    # Few digits: the result must not hang on the last bit of a sum.
+    mantissa, exponent = math.frexp(best * SCALES[window][w - 1] * step)
+    return math.ldexp(round(mantissa * 4096) / 4096, exponent)
+
+
+def encode_trellis(
+    W: Tensor,
+    bits: float = 2,
+    effort: str = "balanced",
+    rotate: bool | str = True,
+    row_scale: bool = False,
+    seed: int = 0,
+    window: int | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Encoded:
+    """Encode a matrix as `trellis` seeds, and say how large the error is.
+
+    >>> result = encode_trellis(torch.randn(32, 48), bits=2, effort="fast")
+    >>> result.matrix.seeds.shape, result.error < 0.1
+    (torch.Size([6, 8]), True)
+
+    Arguments and errors are those of `rbe.encode`.
+
+    Source: design 3.4; the Viterbi algorithm on a bit-shift trellis, the ring closed as in tail-biting codes.
+    """
+    w = trellis.rate(bits)
+    if effort not in EFFORTS:
+        raise RbeError(f"encode: effort {effort!r} is not offered; choose one of {', '.join(EFFORTS)}")
+    chosen = EFFORTS[effort]
+    if threads is not None and threads < 1:
+        raise RbeError(f"encode: {threads} threads cannot work; give 1 or more, or None for all")
+    if row_scale and rotate is True:
+        raise RbeError("encode: row_scale with both sides rotated has no meaning; use rotate='in' or rotate=False")
+    x, exponent = _source(W)
+    rows, columns = x.shape
+    spec = SeedSpec(
+        "trellis",
+        (rows, columns),
+        bits=w / 2,
+        block=trellis.BLOCK,
+        window=chosen.window if window is None else window,
+        rotation=_rotation((rows, columns), rotate, seed),
+    )
+    trellis.check(spec)
+
+    if not x.any():
+        zero = torch.zeros(spec.blocks, 2 * w, dtype=torch.int64)
+        ones = torch.ones(rows, dtype=torch.float16) if row_scale else None
+        return Encoded(SeedMatrix(spec, zero, torch.tensor(0.0), ones), 0.0)
+
+    total = math.fsum(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square().tolist())
+    scales = _row_scale_(x) if row_scale else None
+    energies = None if scales is None else scales.float().square()
+    _rotate_(x, spec.rotation)
+    energy = math.fsum(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square().tolist())
+    unit = _unit(x, energy, spec.window, w, threads)
+
+    def report(blocks: int) -> None:
+        if progress is not None:
+            progress(blocks * rows * columns // spec.blocks, rows * columns)
+
+    found = search(
+        x,
+        unit,
+        spec.window,
+        w,
+        starts=chosen.starts,
+        reach=chosen.reach(spec.window, w),
+        row_energy=energies,
+        threads=threads,
+        progress=report,
+    )
+    report(spec.blocks)
+    scale = torch.tensor(math.ldexp(found.scale, exponent), dtype=torch.float32)
+    # Rows whose scale is 0 in float16 are lost whole: total - xx.
+    error = (max(total - found.xx, 0.0) + found.residual(math.ldexp(scale.item(), -exponent))) / total
+    return Encoded(SeedMatrix(spec, found.seeds, scale, scales), min(error, 1.0))
