@@ -9,8 +9,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src"
 
 LAYERS = ["errors", "mixing", "disk", "rotation", "formats", "kernels", "matrix", "search", "nn", "optim", "metrics"]
-LAYERS += ["calibrate", "allocate", "checkpoint", "convert", "profile"]
-LEAVES = ["evaluate", "sampling", "hf", "report", "model", "cli"]
+LAYERS += ["calibrate", "allocate", "checkpoint", "convert", "profile", "evaluate", "sampling"]
+LEAVES = ["hf", "report", "model", "cli"]
 # Who may reach for a leaf, and only inside a function: the command line, and the whole-model verbs for the plug-in.
 MAY_USE_LEAVES = {"cli": set(LEAVES), "model": {"hf"}}
 

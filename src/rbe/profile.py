@@ -91,6 +91,18 @@ def files(path: Path) -> Files:
     )
 
 
+def size(nbytes: float) -> str:
+    """Bytes as people read them.
+
+    >>> size(512), size(5_876_224), size(90_868_376)
+    ('512 B', '5.88 MB', '90.9 MB')
+    """
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= step:
+            return f"{nbytes / step:.3g} {unit}"
+    return f"{nbytes:.0f} B"
+
+
 def tensor_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers, shared storage counted once.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rbe import metrics
 from rbe.errors import RbeError
+from rbe.profile import size
 
 
 @dataclass(frozen=True)
@@ -101,18 +102,6 @@ class Report:
     facts: Sequence[tuple[str, str]] = field(default_factory=tuple)
 
 
-def size(nbytes: float) -> str:
-    """Bytes as people read them.
-
-    >>> size(512), size(5_876_224), size(90_868_376)
-    ('512 B', '5.88 MB', '90.9 MB')
-    """
-    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= step:
-            return f"{nbytes / step:.3g} {unit}"
-    return f"{nbytes:.0f} B"
-
-
 def render(report: Report) -> str:
     """The page.
 
@@ -131,7 +120,7 @@ def render(report: Report) -> str:
         _section("Where the bytes go", _parts(report), "Every byte of the safetensors files, headers included."),
         _section(
             "Error of each matrix beside the Shannon floor",
-            _figure_errors(seeded) + _figure_rates(seeded),
+            _figure(seeded),
             "The floor 2<sup>&minus;2R</sup> is the least squared error, relative to the weights, that any code of "
             "Gaussian weights can reach at the stored rate R, scales counted.",
         )
@@ -254,7 +243,7 @@ def _facts(facts: Sequence[tuple[str, str]]) -> str:
     return _table(("", ""), "".join(f"<tr><td>{escape(n)}</td><td>{escape(v)}</td></tr>" for n, v in facts))
 
 
-def _pyplot() -> Any:
+def _figure_class() -> Any:
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -277,49 +266,52 @@ def _short(names: Sequence[str]) -> list[str]:
     return [".".join(s[common:]) for s in split]
 
 
-def _figure_errors(entries: Sequence[Entry]) -> str:
-    known = [e for e in entries if e.error is not None]
-    if not known:
-        return "<p class=note>The folder does not say how large the errors are.</p>"
-    figure = _pyplot()(figsize=(9.4, 3.2))
-    axis = figure.add_subplot()
-    for kind, colour, marker in (("linear", _COLOURS[0], "o"), ("embedding", _COLOURS[1], "D")):
-        points = [(k, e.error) for k, e in enumerate(known) if e.kind == kind]
-        if points:
-            axis.plot(*zip(*points, strict=True), marker, color=colour, ms=4.5, label=kind, zorder=3)
-    for k, e in enumerate(known):
-        label = "Shannon floor at the stored rate" if k == 0 else None
-        axis.plot([k - 0.42, k + 0.42], [e.floor] * 2, color="#444", lw=1.6, label=label, zorder=2)
-    axis.set_yscale("log")
-    values = [v for e in known for v in (e.error or 0.0, e.floor) if v > 0]
-    axis.set_ylim(min(values) / 1.6, max(values) * 1.9)
-    axis.set_ylabel("relative squared error")
-    _finish(axis, known)
-    axis.legend(loc="upper center", ncols=3, frameon=False, fontsize=8.5)
-    return _svg(figure, "errors")
-
-
-def _figure_rates(entries: Sequence[Entry]) -> str:
-    figure = _pyplot()(figsize=(9.4, 2.4))
-    axis = figure.add_subplot()
-    for kind, colour in (("linear", _COLOURS[0]), ("embedding", _COLOURS[1])):
+def _figure(entries: Sequence[Entry]) -> str:
+    """Errors over rates, matrix by matrix; the names stand once, below."""
+    known = [(k, e) for k, e in enumerate(entries) if e.error is not None]
+    figure = _figure_class()(figsize=(9.4, 5.4 if known else 2.8), layout="constrained")
+    if known:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+        _draw_errors(upper, known)
+    else:
+        lower = figure.add_subplot()
+    for kind, colour in _KINDS.items():
         bars = [(k, e.rate) for k, e in enumerate(entries) if e.kind == kind]
         if bars:
-            axis.bar(*zip(*bars, strict=True), color=colour, width=0.7, label=kind)
-    axis.set_ylabel("stored bits per weight")
-    _finish(axis, entries)
-    return _svg(figure, "rates")
-
-
-def _finish(axis: Any, entries: Sequence[Entry]) -> None:
+            lower.bar(*zip(*bars, strict=True), color=colour, width=0.7, label=kind)
+    lower.set_ylabel("bits per weight")
     names = _short([e.name for e in entries])
     step = max(1, -(-len(names) // 48))
-    axis.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=6.5)
-    axis.set_xlim(-0.8, len(names) - 0.2)
-    axis.grid(axis="y", color="#ddd", lw=0.6, which="major")
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    lower.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=6.5)
+    lower.set_xlim(-0.8, len(names) - 0.2)
+    for axis in figure.axes:
+        axis.grid(axis="y", color="#ddd", lw=0.6, which="major")
+        axis.set_axisbelow(True)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    unknown = "" if known else "<p class=note>The folder does not say how large the errors are.</p>"
+    return unknown + _svg(figure, "errors and rates")
+
+
+def _draw_errors(axis: Any, known: Sequence[tuple[int, Entry]]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    for (kind, colour), marker in zip(_KINDS.items(), "oD", strict=True):
+        points = [(k, e.error) for k, e in known if e.kind == kind]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker, color=colour, ms=4.5, label=kind, zorder=3)
+    for number, (k, e) in enumerate(known):
+        label = None if number else "Shannon floor at the stored rate"
+        axis.plot([k - 0.42, k + 0.42], [e.floor] * 2, color="#444", lw=1.6, label=label, zorder=2)
+    axis.set_yscale("log")
+    values = [v for _, e in known for v in (e.error or 0.0, e.floor) if v > 0]
+    axis.set_ylim(min(values) / 1.5, max(values) * 2.2)
+    # Within one decade powers of ten say nothing: label some values between them too, as plain numbers.
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_ylabel("relative squared error")
+    axis.legend(loc="upper center", ncols=3, frameon=False, fontsize=8.5)
 
 
 def _svg(figure: Any, name: str) -> str:
@@ -335,6 +327,8 @@ def _svg(figure: Any, name: str) -> str:
 
 
 _COLOURS = ("#2f6f9f", "#d9822b", "#5b9a68", "#9b5fa5", "#b5495b", "#7a7a7a", "#c2a83e", "#3fa7a0")
+
+_KINDS = {"linear": _COLOURS[0], "embedding": _COLOURS[1]}
 
 _STYLE = """
 *{box-sizing:border-box}body{margin:0;background:#f4f4f1;color:#222}
