@@ -23,7 +23,8 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rbe import search
+from rbe.allocate import Entry
+from rbe.compress import encode_entry, plan_model
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.mixing import fmix32
@@ -108,7 +109,7 @@ class RbeQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: RbeConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.pending: dict[str, swap.Site] = {}
+        self.pending: dict[str, tuple[Entry, swap.Site]] = {}
         self._digest: dict[str, str] = {}
 
     @property
@@ -141,9 +142,16 @@ class RbeQuantizer(HfQuantizer):
             _place(model, self.quantization_config.modules, _stored_names(checkpoint_files))
             return
         config = self.quantization_config
-        for site in swap.find(model, config.include, config.exclude):
-            if site.kind != "keep" and not (site.kind == "embedding" and config.embeddings_bits == 0):
-                self.pending.update({f"{path}.weight": site for path in site.names})
+        plan, sites = plan_model(
+            model,
+            config.bits,
+            include=config.include,
+            exclude=config.exclude,
+            embeddings_bits=config.embeddings_bits,
+        )
+        for entry in plan.seeded:
+            site = sites[entry.name]
+            self.pending.update({f"{path}.weight": (entry, site) for path in site.names})
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether this tensor is a dense weight to be encoded."""
@@ -155,11 +163,10 @@ class RbeQuantizer(HfQuantizer):
 
     def encode(self, model: nn.Module, name: str, weight: Tensor, missing: set[str]) -> dict[str, Tensor]:
         """Encode one weight, swap its layers, and return the tensors for the loader to put in place."""
-        site = self.pending[name]
-        path = name.removesuffix(".weight")
+        entry, site = self.pending[name]
         missing.difference_update(f"{user}.weight" for user in site.names)
         digest = hashlib.sha256(weight.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-        if isinstance(model.get_submodule(path), Seeded):
+        if isinstance(model.get_submodule(site.module), Seeded):
             if self._digest[site.module] == digest:
                 return {}  # the file holds the tied weight twice
             raise RbeError(
@@ -167,18 +174,7 @@ class RbeQuantizer(HfQuantizer):
                 "set tie_word_embeddings=False in the source's config.json"
             )
         self._digest[site.module] = digest
-        config = self.quantization_config
-        bits = config.bits
-        if site.kind == "embedding" and config.embeddings_bits is not None:
-            bits = config.embeddings_bits
-        embedding = site.kind == "embedding"
-        matrix = search.encode(
-            weight.T if site.transposed else weight,
-            bits=bits,
-            effort=config.effort,
-            rotate="in" if embedding else True,
-            row_scale=embedding,
-        )
+        matrix = encode_entry(entry, weight.T if site.transposed else weight, self.quantization_config.effort)
         swap.place(model, site, matrix.spec, matrix.row_scale is not None)
         return {f"{site.module}.{key}": value for key, value in matrix.to_tensors().items()}
 

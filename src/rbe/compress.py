@@ -1,0 +1,125 @@
+"""`compress_`: a live torch model, its layers replaced by seed layers in place."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from rbe import search
+from rbe.allocate import Entry, Plan, make_plan
+from rbe.errors import RbeError
+from rbe.matrix import SeedMatrix
+from rbe.nn import Seeded, swap
+from rbe.shards import dtype_name
+
+
+def plan_model(
+    model: nn.Module,
+    bits: float = 2,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    embeddings_bits: float | None = None,
+) -> tuple[Plan, dict[str, swap.Site]]:
+    """What `compress_` would do, and the layers it would do it to; the model may be on the meta device.
+
+    >>> plan, sites = plan_model(nn.Sequential(nn.Linear(64, 64)))
+    >>> print(plan)
+    tensor    kind    shape  format         bytes  remark
+    0.weight  linear  64x64  trellis 2 bit   1028
+    0.bias    keep    64     F32              256  it is no matrix
+
+    Returns:
+        (plan, sites by the name of the tensor that becomes seeds).
+
+    Raises:
+        RbeError: a rate is not offered, a pattern fits nothing, or the model holds seeds already.
+    """
+    if any(isinstance(module, Seeded) for module in model.modules()):
+        raise RbeError("compress: the model holds seeds already; decompress_ it first, or start from the dense model")
+    sites = swap.find(model)
+    tied = {f"{path}.weight": f"{site.module}.weight" for site in sites for path in site.names[1:]}
+    tensors = {
+        name: (tuple(parameter.shape), dtype_name(parameter.dtype))
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    plan = make_plan(
+        tensors,
+        {site.module: site for site in sites},
+        bits=bits,
+        embeddings_bits=embeddings_bits,
+        include=include,
+        exclude=exclude,
+        tied=tied,
+    )
+    by_name = {f"{site.module}.weight": site for site in sites}
+    return plan, {entry.name: by_name[entry.name] for entry in plan.seeded}
+
+
+def encode_entry(
+    entry: Entry,
+    weight: Tensor,
+    effort: str = "balanced",
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> SeedMatrix:
+    """Encode one weight, (rows, columns) whatever its layer's layout, as a plan says."""
+    assert entry.spec is not None, f"{entry.name} is kept"
+    return search.encode(
+        weight,
+        format=entry.spec.format,
+        bits=entry.spec.bits,
+        effort=effort,
+        rotate="in" if entry.kind == "embedding" else True,
+        row_scale=entry.row_scale,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def compress_(
+    model: nn.Module,
+    bits: float = 2,
+    effort: str = "balanced",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    embeddings_bits: float | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    threads: int | None = None,
+) -> Plan:
+    """Replace the linear and embedding layers of a model, in place, by layers that hold seeds.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+    >>> plan = compress_(model, bits=2, effort="fast")
+    >>> len(plan.seeded), type(model[0]).__module__
+    (2, 'rbe.nn.linear')
+
+    Args:
+        model: any torch module with layers inside; shared modules and tied weights stay shared.
+        bits: rate of linear layers, bits per weight: 0.5 to 4 in halves.
+        effort: "fast", "balanced" or "best": how long the encoder searches.
+        include: shell patterns of module paths; when given, everything else is kept.
+        exclude: shell patterns of module paths that are kept.
+        embeddings_bits: rate of embeddings, and of heads tied to them; None is `bits`, 0 keeps them.
+        progress: called with (weights done, weights in all).
+        threads: of the encoder; None is torch's number.
+
+    Returns:
+        the plan that was carried out; printing it shows every tensor, and why one was kept.
+
+    Raises:
+        RbeError: a rate or pattern fits nothing, a weight is not finite, or the model holds seeds already. The model
+            is then as it was: layers are exchanged only when every weight has been encoded.
+    """
+    plan, sites = plan_model(model, bits, include=include, exclude=exclude, embeddings_bits=embeddings_bits)
+    total = sum(entry.weights for entry in plan.seeded)
+    done = 0
+    encoded = []
+    for entry in plan.seeded:
+        step = None if progress is None else (lambda part, _, before=done: progress(before + part, total))
+        site = sites[entry.name]
+        encoded.append((site, encode_entry(entry, swap.dense(model, site), effort, threads=threads, progress=step)))
+        done += entry.weights
+    for site, matrix in encoded:
+        swap.replace(model, site, matrix)
+    return plan
