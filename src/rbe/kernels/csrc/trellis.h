@@ -71,7 +71,7 @@ struct Tier {
 };
 
 const Tier& portable_tier();
-#if defined(__x86_64__)
+#if defined(RBE_X86_TIERS)  // set by the build where it compiles them
 const Tier& avx2_tier();
 const Tier& avx512_tier();
 const Tier& amx_tier();

@@ -1,0 +1,104 @@
+// Windows and their products, 32 weights at a time, with AVX-512 VBMI. Included inside the anonymous namespace of the
+// avx512 and amx tiers, after <immintrin.h> and trellis.h.
+//
+// One vector holds the 16 rows of two neighbouring columns: 32-bit lane i is row i, its lower half column j, its upper
+// half column j + 1. The window is 16 bits wide there (the unused upper bits masked away), and the 32-bit product
+// window * multiplier is kept as two vectors of 16-bit halves, `lo` and `hi`. Only four or five instructions make them:
+// one or none to bring the bytes of each row to its lane, one to shift, two multiplications, one addition.
+#pragma once
+
+// How the bytes of a pair of columns reach the lanes.
+enum Gather {
+    PERMUTE,    // any rate: a byte permutation
+    BROADCAST,  // w <= 3: both columns lie within one 64-bit word, which is broadcast by the shift instruction itself
+};
+
+struct Generator {
+    __m512i index, control, direct, low, high, mask;
+    int w;
+
+    explicit Generator(const Matrix& m) : w(m.w) {
+        alignas(64) uint8_t from[64], shift[64], straight[64];
+        for (int q = 0; q < 8; q++)
+            for (int c = 0; c < 2; c++) {
+                // Bits count from two bytes before the first column; a 4-byte group serves both rows of the lane pair.
+                const int base = (8 * m.w * c + m.start(2 * q) + 16) / 8;
+                for (int k = 0; k < 4; k++) from[8 * q + 4 * c + k] = static_cast<uint8_t>(base + k);
+                for (int i = 0; i < 2; i++)
+                    for (int k = 0; k < 2; k++) {
+                        const int bit = 8 * m.w * c + m.start(2 * q + i) + 16 + 8 * k, to = 8 * q + 4 * i + 2 * c + k;
+                        shift[to] = static_cast<uint8_t>(32 * c + bit - 8 * base);
+                        straight[to] = static_cast<uint8_t>(bit & 63);
+                    }
+            }
+        index = _mm512_load_si512(from);
+        control = _mm512_load_si512(shift);
+        direct = _mm512_load_si512(straight);
+        low = halves(m.even & 0xFFFF, m.odd & 0xFFFF);
+        high = halves(m.even >> 16, m.odd >> 16);
+        mask = _mm512_set1_epi16(static_cast<int16_t>((1u << m.window) - 1));
+    }
+
+    static __m512i halves(uint64_t even, uint64_t odd) {
+        return _mm512_set1_epi64(static_cast<int64_t>((even * 0x10001) | (odd * 0x10001) << 32));
+    }
+
+    // The first pair of a block sees the last two bytes of the ring before it.
+    __m512i first(const uint8_t* block) const {
+        const __m512i body = _mm512_maskz_loadu_epi8(~__mmask64{3}, block - 2);
+        return _mm512_mask_loadu_epi8(body, 3, block + 16 * w - 2);
+    }
+
+    template <bool PAIRED>
+    void multiply(__m512i windows, __m512i& lo, __m512i& hi) const {
+        if (!PAIRED) windows = _mm512_and_si512(windows, mask);
+        lo = _mm512_mullo_epi16(windows, low);
+        hi = _mm512_add_epi16(_mm512_mulhi_epu16(windows, low), PAIRED ? lo : _mm512_mullo_epi16(windows, high));
+    }
+
+    // Columns 2 pair and 2 pair + 1 of a block.
+    template <bool PAIRED, Gather HOW>
+    void products(const uint8_t* block, int pair, __m512i& lo, __m512i& hi) const {
+        __m512i windows;
+        if (HOW == BROADCAST && pair > 0) {
+            int64_t word;
+            std::memcpy(&word, block + 2 * w * pair - 2, 8);
+            windows = _mm512_multishift_epi64_epi8(direct, _mm512_set1_epi64(word));
+        } else {
+            const __m512i bytes = pair == 0 ? first(block) : _mm512_loadu_si512(block + 2 * w * pair - 2);
+            windows = _mm512_multishift_epi64_epi8(control, _mm512_permutexvar_epi8(index, bytes));
+        }
+        multiply<PAIRED>(windows, lo, hi);
+    }
+};
+
+// Reads run past the end of a block; near the end of the seeds they go to a copy.
+inline const uint8_t* readable(const Matrix& m, const uint8_t* block, Padded& padded) {
+    const uint8_t* end = m.seeds + m.block_rows * m.block_cols * m.block_bytes();
+    return block + m.block_bytes() + 64 <= end ? block : padded.fill(block, m.block_bytes());
+}
+
+// Sums of the four bytes, one 16-bit half a column.
+inline __m512i byte_sums(__m512i lo, __m512i hi) {
+    const __m512i ones = _mm512_set1_epi8(1);
+    return _mm512_add_epi16(_mm512_maddubs_epi16(lo, ones), _mm512_maddubs_epi16(hi, ones));
+}
+
+template <bool PAIRED>
+void codes_of(const Matrix& m, int64_t block_row, int64_t block_col, int16_t* out) {
+    const Generator g(m);
+    Padded padded;
+    const uint8_t* block = readable(m, m.block(block_row, block_col), padded);
+    for (int p = 0; p < EDGE / 2; p++) {
+        __m512i lo, hi;
+        g.products<PAIRED, PERMUTE>(block, p, lo, hi);
+        const __m512i code = _mm512_sub_epi16(byte_sums(lo, hi), _mm512_set1_epi16(OFFSET));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * p), _mm512_cvtepi32_epi16(code));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * p + 16),
+                            _mm512_cvtepi32_epi16(_mm512_srli_epi32(code, 16)));
+    }
+}
+
+inline void codes(const Matrix& m, int64_t block_row, int64_t block_col, int16_t* out) {
+    m.paired() ? codes_of<true>(m, block_row, block_col, out) : codes_of<false>(m, block_row, block_col, out);
+}
