@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rbe import _cpu
+from rbe._cpu import encode_trellis as _encode_trellis
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec, trellis
 from rbe.matrix import SeedMatrix
@@ -58,7 +58,7 @@ class Effort:
 
     def reach(self, window: int, w: int) -> int:
         """Weights on either side of the starting point."""
-        return min(trellis.WEIGHTS // 2, math.ceil(2 * self.memory * window / w))
+        return math.ceil(min(trellis.WEIGHTS // 2, 2 * self.memory * window / w))
 
 
 EFFORTS = {"fast": Effort(12, 1, 8), "balanced": Effort(16, 1, 12), "best": Effort(16, 2, math.inf)}
@@ -159,7 +159,7 @@ def search(
     blocks = -(-rows // trellis.BLOCK) * -(-columns // trellis.BLOCK)
     seeds = torch.empty(blocks, 2 * w, dtype=torch.int64)
     sums = torch.empty(blocks, 3, dtype=torch.float64)
-    _cpu.encode_trellis(
+    _encode_trellis(
         *(0 if t is None else t.data_ptr() for t in (x, importance, row_energy)),
         rows,
         columns,
@@ -210,9 +210,13 @@ def _source(W: Tensor) -> tuple[Tensor, int]:
 def _rotate_(x: Tensor, rotation: tuple[int, int]) -> None:
     """x = R_out x R_in^T in place, some rows or columns at a time."""
     rows, columns = x.shape
-    for part in x.split(max(1, _CHUNK // columns)):
+    step = max(1, _CHUNK // columns)
+    for start in range(0, rows, step):
+        part = x[start : start + step]
         part.copy_(_rotate(part, rotation[1]))
-    for part in x.split(max(16, _CHUNK // rows), dim=1):
+    step = max(16, _CHUNK // rows)
+    for start in range(0, columns, step):
+        part = x[:, start : start + step]
         part.copy_(_rotate(part.T.contiguous(), rotation[0]).T)
 
 
@@ -229,7 +233,7 @@ def _rotation(shape: tuple[int, int], rotate: bool | str, seed: int) -> tuple[in
 def _row_scale_(x: Tensor) -> Tensor:
     """Divide every row by its root mean square in place; returns it, float16 (rows,), 0 for a row too small."""
     rms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) / math.sqrt(x.shape[1])
-    row_scale = (rms * (_LARGEST_ROW_SCALE / rms.max())).to(torch.float16)
+    row_scale: Tensor = (rms * (_LARGEST_ROW_SCALE / rms.max())).to(torch.float16)
     x.mul_(torch.where(row_scale > 0, 1 / row_scale.double(), 0.0).to(torch.float32)[:, None])
     return row_scale
 
