@@ -338,3 +338,11 @@ def canonical_digest(value: Any) -> str:
     True
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def copy(origin: Path, target: Path) -> None:
+    """Copy the content of a file, a few megabytes at a time, and force it to the disk."""
+    with origin.open("rb") as source, target.open("wb") as file:
+        while data := source.read(_CHUNK):
+            put(file, data)
+        flush(file)

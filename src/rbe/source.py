@@ -93,10 +93,15 @@ def open_source(path: Path) -> Source:
 
 def _ordered(tensors: dict[str, Stored]) -> dict[str, Stored]:
     """By name, numbers inside names in counting order, so that a table of layers reads well."""
-    return dict(sorted(tensors.items(), key=lambda item: _natural(item[0])))
+    return dict(sorted(tensors.items(), key=lambda item: natural(item[0])))
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sorting key in which layer 10 comes after layer 9.
+
+    >>> sorted(["h.10.a", "h.9.a"], key=natural)
+    ['h.9.a', 'h.10.a']
+    """
     return [(int(word), "") if word.isdecimal() else (-1, word) for word in name.split(".")]
 
 
