@@ -8,14 +8,14 @@ out/             the result while it is put together
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from rbe import shards
-from rbe.errors import RbeError
+from rbe.errors import CorruptFile
 from rbe.shards import Stored
 
 _KIND = "rbe journal 1"
@@ -38,6 +38,7 @@ class Journal:
         header = {"journal": _KIND, "fingerprint": fingerprint}
         lines = self._read()
         if lines and lines[0] == header:
+            (folder / "pieces").mkdir(exist_ok=True)
             self._recover(lines[1:])
         else:
             if lines:
@@ -104,7 +105,10 @@ class Journal:
         Raises:
             CorruptFile: the piece was changed since.
         """
-        return shards.read_header(self._piece(self.done[name]["number"]))[0]
+        path = self._piece(self.done[name]["number"])
+        if shards.file_digest(path) != self.done[name]["sha256"]:
+            raise CorruptFile(f"{path} ({name}) was changed since it was written; run again")
+        return shards.read_header(path)[0]
 
     def clear(self) -> None:
         """Delete all work."""
@@ -114,25 +118,3 @@ class Journal:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Keep a second run out of a work folder; a killed run's lock goes with it.
-
-    Raises:
-        RbeError: another run is at work there.
-    """
-    with (folder / "lock").open("w") as file:
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system
-            yield
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RbeError(
-                f"{folder} is in use: another run is writing the same folder; wait for it, or choose another name"
-            ) from None
-        yield

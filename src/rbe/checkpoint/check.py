@@ -1,0 +1,180 @@
+"""What a compressed folder holds, and whether it is as it was written."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rbe import metrics, shards
+from rbe.checkpoint.folder import CONFIG, Folder, check_files, expected, intact, open_tensors, specs
+from rbe.errors import CorruptFile
+from rbe.matrix import SeedMatrix
+from rbe.source import open_source
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stored matrix or tensor, as `inspect` shows it.
+
+    Attributes:
+        name: of the module, or of the tensor where it was kept.
+        kind: "linear", "embedding" or "keep".
+        shape: (rows, columns) of a matrix as torch has it, whatever the source's layout.
+        format: "trellis 2 bit", or the dtype.
+        bits: nominal rate of the seeds; None for a kept tensor.
+        nbytes: stored bytes, scales counted, file headers not.
+        error: squared error relative to the source; 0 for a kept tensor, None where it is not known.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    format: str
+    bits: float | None
+    nbytes: int
+    error: float | None
+
+    @property
+    def weights(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def rate(self) -> float:
+        """Stored bits per weight."""
+        return 8 * self.nbytes / self.weights if self.weights else 0.0
+
+    @property
+    def floor(self) -> float | None:
+        """Shannon floor of the error at the nominal rate; None for a kept tensor."""
+        return None if self.bits is None else metrics.shannon_floor(self.bits)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found.
+
+    Attributes:
+        problems: sentences; empty where the folder is sound.
+        tensors, nbytes: how much was checked.
+        compared: how many tensors were compared with the source.
+    """
+
+    problems: tuple[str, ...]
+    tensors: int = 0
+    nbytes: int = 0
+    compared: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+
+def inspect(dst: Path) -> list[Row]:
+    """What a compressed folder holds, matrices and kept tensors, from index and headers.
+
+    Raises:
+        RbeError: the folder is not a compressed one, or of another version.
+        CorruptFile: index, configuration and shards do not agree.
+    """
+    folder = open_tensors(dst)
+    rows = []
+    seen: set[str] = set()
+    for module, (spec, entry) in specs(folder.config).items():
+        names = expected(module, spec, entry["row_scale"])
+        seen.update(names)
+        nbytes = sum(folder.tensors[name].nbytes for name in names)
+        form = f"{spec.format} {spec.bits:g} bit"
+        error = folder.about["errors"].get(module)
+        rows.append(Row(module, entry["kind"], spec.shape, form, spec.bits, nbytes, error))
+    for name, tensor in folder.tensors.items():
+        if name not in seen:
+            rows.append(Row(name, "keep", tensor.shape, tensor.dtype, None, tensor.nbytes, 0.0))
+    return rows
+
+
+def verify(
+    dst: Path, src: Path | None = None, answers: Callable[[Path, dict[str, Any]], str | None] | None = None
+) -> Verification:
+    """Look for anything that is not as it was written.
+
+    Args:
+        dst: a compressed folder.
+        src: the dense model it was made from: kept tensors must be equal, seeds as near as the index says.
+        answers: runs the model and compares with the stored fingerprint, returning what is wrong or None;
+            `rbe.hf.check_fingerprint` is one.
+
+    Raises:
+        RbeError: the folder is not a compressed one, of another version, or the source cannot be read.
+    """
+    try:
+        folder = check_files(dst)
+    except CorruptFile as wrong:
+        return Verification((str(wrong),))
+    problems = [f"{dst / t.file.name}: {t.name} was changed" for t in folder.tensors.values() if not intact(folder, t)]
+    if shards.file_digest(dst / CONFIG) != folder.about["config"]:
+        problems.append(f"{dst / CONFIG} was changed after it was written")
+    for name, digest in folder.about["copied"].items():
+        if not (dst / name).is_file():
+            problems.append(f"{dst / name} is missing")
+        elif shards.file_digest(dst / name) != digest:
+            problems.append(f"{dst / name} was changed after it was written")
+    compared = 0
+    if src is not None:
+        found, compared = _against(folder, src)
+        problems += found
+    stored = folder.about["fingerprint"]
+    if answers is not None and stored is not None and not problems:
+        wrong_answer = answers(dst, stored)
+        problems += [wrong_answer] if wrong_answer else []
+    return Verification(tuple(problems), len(folder.tensors), sum(t.nbytes for t in folder.tensors.values()), compared)
+
+
+def _against(folder: Folder, src: Path) -> tuple[list[str], int]:
+    """(problems, tensors compared)."""
+    dense = open_source(src).tensors
+    problems = []
+    modules = specs(folder.config)
+    taken: set[str] = set()
+    for module, (spec, entry) in modules.items():
+        taken.update(expected(module, spec, entry["row_scale"]))
+        stored = dense.get(f"{module}.weight")
+        shape = spec.shape[::-1] if entry["transposed"] else spec.shape
+        if stored is None or stored.shape != shape:
+            problems.append(f"{module}: {src} has no {shape[0]}x{shape[1]} weight of that name")
+            continue
+        weight = stored.read(copy=False)
+        error = measured_error(folder.matrix(module), weight.T if entry["transposed"] else weight)
+        known = folder.about["errors"].get(module)
+        if known is not None and not math.isclose(error, known, rel_tol=1e-3, abs_tol=1e-9):
+            problems.append(f"{module}: squared error against {src} is {error:.6g}, it was {known:.6g} when written")
+    for name, tensor in folder.tensors.items():
+        if name in taken:
+            continue
+        other = dense.get(name)
+        if other is None or (other.dtype, other.shape) != (tensor.dtype, tensor.shape):
+            problems.append(f"{name}: {src} has no such tensor")
+        elif any(a != b for a, b in zip(tensor.chunks(), other.chunks(), strict=True)):
+            problems.append(f"{name} differs from {src}")
+    return problems, len(modules) + len(folder.tensors) - len(taken)
+
+
+def measured_error(matrix: SeedMatrix, weight: Tensor) -> float:
+    """Squared error of a seed matrix relative to the dense (rows, columns) weight it stands for.
+
+    Sums in float64 over bands of rows, so that no float64 copy of the whole ever exists.
+    """
+    decoded = matrix.decode()
+    band = max(1, (1 << 20) // max(1, weight.shape[1]))
+    difference = power = 0.0
+    for start in range(0, weight.shape[0], band):
+        exact = weight[start : start + band].double()
+        difference += float((decoded[start : start + band].double() - exact).square().sum())
+        power += float(exact.square().sum())
+    if power == 0.0:
+        return 0.0 if difference == 0.0 else math.inf
+    return difference / power

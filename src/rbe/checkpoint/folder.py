@@ -1,0 +1,266 @@
+"""Reading a compressed folder: index, configuration and shards that agree, and tensors when they are asked for."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rbe import formats, shards
+from rbe.errors import CorruptFile, RbeError
+from rbe.formats import SeedSpec
+from rbe.matrix import SeedMatrix
+from rbe.shards import Stored
+from rbe.source import INDEX
+
+METHOD = "rbe"
+CONFIG = "config.json"
+CARD = "README.md"
+FORMAT_VERSION = formats.get("trellis").VERSION
+# What our own commands may leave in a compressed folder later.
+_LATER = ("report.html", "report.json")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A compressed folder whose headers, index and configuration agree.
+
+    Attributes:
+        path: of the folder.
+        index, config: contents of the two JSON files.
+        tensors: by name; read them with `.read()`.
+    """
+
+    path: Path
+    index: dict[str, Any]
+    config: dict[str, Any]
+    tensors: dict[str, Stored]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The part of the index that is ours."""
+        return self.index["metadata"]["rbe"]  # type: ignore[no-any-return]
+
+    def matrix(self, module: str) -> SeedMatrix:
+        """The seed matrix of a module.
+
+        Raises:
+            CorruptFile: its tensors do not fit its specification.
+        """
+        spec, entry = specs(self.config)[module]
+        names = expected(module, spec, entry["row_scale"])
+        tensors = {name.rpartition(".")[2]: self.tensors[name].read() for name in names}
+        return SeedMatrix.from_tensors(tensors, spec)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a folder was written by this library, intact or not."""
+    try:
+        config = json.loads((path / CONFIG).read_bytes())
+        index = json.loads((path / INDEX).read_bytes())
+        return config["quantization_config"]["quant_method"] == METHOD and isinstance(index["metadata"]["rbe"], dict)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def strangers(path: Path) -> list[str]:
+    """Files in a compressed folder that this library did not put there.
+
+    Raises:
+        CorruptFile: the index cannot be read.
+    """
+    about = read_index(path)["metadata"]["rbe"]
+    known = {CONFIG, INDEX, CARD, *about["files"], *about["copied"], *_LATER}
+    return sorted(
+        name
+        for file in path.rglob("*")
+        if not file.is_dir() and (name := file.relative_to(path).as_posix()) not in known
+    )
+
+
+@contextlib.contextmanager
+def _sensible(path: Path) -> Iterator[None]:
+    """A checksum can be right on content that makes no sense, when somebody else wrote it."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as cause:
+        raise CorruptFile(f"{path} does not have the content it should ({cause!r}); fetch the folder again") from cause
+
+
+def _check_version(version: Any, path: Path) -> None:
+    if type(version) is not int or version < 0:
+        raise CorruptFile(f"{path}: format version {version!r} makes no sense; fetch the folder again")
+    if version > FORMAT_VERSION:
+        raise RbeError(
+            f"{path.parent} has seeds of format version {version}; this rbe reads version {FORMAT_VERSION}: "
+            "install a later rbe"
+        )
+    if version < FORMAT_VERSION:
+        raise RbeError(
+            f"{path.parent} has seeds of format version {version}, a draft whose weights this rbe (version "
+            f"{FORMAT_VERSION}) cannot generate: compress the source again"
+        )
+
+
+def sealed(index: dict[str, Any]) -> dict[str, Any]:
+    """The index with its checksum of itself, over everything else in it."""
+    metadata = {**index["metadata"], "rbe": {k: v for k, v in index["metadata"]["rbe"].items() if k != "checksum"}}
+    whole = {**index, "metadata": metadata}
+    metadata["rbe"]["checksum"] = shards.canonical_digest(whole)
+    return whole
+
+
+def read_index(dst: Path) -> dict[str, Any]:
+    """The index of a compressed folder, checked against its own checksum.
+
+    Raises:
+        RbeError: the folder is not a compressed one, or of another version.
+        CorruptFile: the index was changed.
+    """
+    path = dst / INDEX
+    if not dst.is_dir():
+        raise RbeError(f"{dst} does not exist; give a folder that `rbe compress` wrote")
+    if not path.is_file() and not (dst / CONFIG).is_file():
+        raise RbeError(f"{dst} is not a compressed model: it has no {INDEX}; give a folder that `rbe compress` wrote")
+    index = shards.read_json(path)
+    with _sensible(path):
+        about = index.get("metadata", {}).get("rbe") if isinstance(index.get("metadata"), dict) else None
+        if not isinstance(about, dict):
+            raise RbeError(
+                f"{dst} is not a compressed model: its index has no rbe part; give what `rbe compress` wrote"
+            )
+        _check_version(about.get("format_version"), path)
+        if sealed(index)["metadata"]["rbe"]["checksum"] != about.get("checksum"):
+            raise CorruptFile(f"{path} was changed after it was written; fetch the folder again")
+    return index
+
+
+def read_config(dst: Path) -> dict[str, Any]:
+    """config.json of a compressed folder; its part about the seeds must be as it was written.
+
+    Other settings may be edited; `verify` reports that they were.
+
+    Raises:
+        RbeError: the folder is not a compressed one, or of another version.
+        CorruptFile: the part about the seeds was changed.
+    """
+    return _read_config(dst, read_index(dst))
+
+
+def _read_config(dst: Path, index: dict[str, Any]) -> dict[str, Any]:
+    path = dst / CONFIG
+    config = shards.read_json(path)
+    with _sensible(path):
+        about = config.get("quantization_config")
+        if not isinstance(about, dict) or about.get("quant_method") != METHOD:
+            raise CorruptFile(f"{path} has no rbe quantization_config, but the index beside it has; fetch it again")
+        _check_version(about.get("format_version"), path)
+        if shards.canonical_digest(about) != index["metadata"]["rbe"]["quantization"]:
+            raise CorruptFile(f"{path}: quantization_config was changed after it was written; fetch it again")
+    return config
+
+
+def specs(config: Mapping[str, Any]) -> dict[str, tuple[SeedSpec, dict[str, Any]]]:
+    """(spec, entry) of every module that has seeds.
+
+    Raises:
+        RbeError: an entry is no specification, or one of another version.
+    """
+    found = {}
+    for module, entry in config["quantization_config"].get("modules", {}).items():
+        spec = SeedSpec.from_json(entry["spec"])
+        formats.get(spec.format).check(spec)
+        found[module] = spec, entry
+    return found
+
+
+def expected(module: str, spec: SeedSpec, row_scale: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, dtypes and shapes of the tensors of a module.
+
+    >>> expected("a", SeedSpec("trellis", (40, 33), bits=2.0), row_scale=False)
+    {'a.seeds': ('I64', (9, 8)), 'a.scale': ('F32', ())}
+    """
+    stored: dict[str, tuple[str, tuple[int, ...]]] = {
+        f"{module}.seeds": ("I64", (spec.blocks, formats.get(spec.format).words(spec))),
+        f"{module}.scale": ("F32", ()),
+    }
+    if row_scale:
+        stored[f"{module}.row_scale"] = ("F16", spec.shape[:1])
+    return stored
+
+
+def open_tensors(dst: Path) -> Folder:
+    """Open a compressed folder without reading tensors; everything that headers can tell is checked.
+
+    Raises:
+        RbeError: the folder is not a compressed one, or of another version.
+        CorruptFile: index, configuration and shards do not agree.
+    """
+    index = read_index(dst)
+    config = _read_config(dst, index)
+    path = dst / INDEX
+    tensors: dict[str, Stored] = {}
+    with _sensible(path):
+        about = index["metadata"]["rbe"]
+        for name, size in ((name, entry["bytes"]) for name, entry in about["files"].items()):
+            if not (dst / name).is_file():
+                raise CorruptFile(f"{dst / name} is missing: a shard of the model; fetch the folder again")
+            if (dst / name).stat().st_size != size:
+                raise CorruptFile(
+                    f"{dst / name} has {(dst / name).stat().st_size} bytes, it was written with {size}; fetch it again"
+                )
+            tensors.update(shards.read_header(dst / name)[0])
+        for name, file in index["weight_map"].items():
+            if name not in tensors or tensors[name].file.name != file:
+                raise CorruptFile(f"{dst / file} does not hold {name}, which the index promises; fetch it again")
+            if [tensors[name].dtype, list(tensors[name].shape)] != about["tensors"][name][:2]:
+                raise CorruptFile(
+                    f"{dst / file}: {name} has another dtype or shape than the index says; fetch it again"
+                )
+        if len(tensors) != len(index["weight_map"]) or len(tensors) != len(about["tensors"]):
+            raise CorruptFile(f"{dst} has {len(tensors)} tensors in its shards, the index {len(index['weight_map'])}")
+        for module, (spec, entry) in specs(config).items():
+            for name, (dtype, shape) in expected(module, spec, entry["row_scale"]).items():
+                if name not in tensors or (tensors[name].dtype, tensors[name].shape) != (dtype, shape):
+                    raise CorruptFile(f"{dst}: {name} should be there as {dtype} {list(shape)}; fetch the folder again")
+    return Folder(dst, index, config, tensors)
+
+
+def check_files(dst: Path) -> Folder:
+    """`open_tensors`, with every byte of every shard compared with its checksum. A loader calls this.
+
+    Raises:
+        RbeError: the folder is not a compressed one, or of another version.
+        CorruptFile: anything was changed; the message names the file and, where possible, the tensor.
+    """
+    folder = open_tensors(dst)
+    for name, entry in folder.about["files"].items():
+        if shards.file_digest(dst / name) != entry["sha256"]:
+            damaged = [
+                tensor for tensor in folder.tensors.values() if tensor.file.name == name and not intact(folder, tensor)
+            ]
+            where = damaged[0].name if damaged else "its header"
+            raise CorruptFile(f"{dst / name} was changed after it was written (in {where}); fetch it again")
+    return folder
+
+
+def intact(folder: Folder, tensor: Stored) -> bool:
+    found = shards.checksum(tensor.name, tensor.dtype, tensor.shape, tensor.chunks())
+    return bool(found == folder.about["tensors"][tensor.name][2])
+
+
+def load_matrices(dst: Path) -> tuple[dict[str, SeedMatrix], dict[str, Tensor]]:
+    """(seed matrix of every module, all other tensors by name), every byte checked.
+
+    Raises:
+        RbeError: the folder is not a compressed one, or of another version.
+        CorruptFile: anything was changed.
+    """
+    folder = check_files(dst)
+    modules = specs(folder.config)
+    seeds = {name for module, (spec, entry) in modules.items() for name in expected(module, spec, entry["row_scale"])}
+    rest = {name: tensor.read() for name, tensor in folder.tensors.items() if name not in seeds}
+    return {module: folder.matrix(module) for module in modules}, rest

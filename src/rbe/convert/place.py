@@ -1,0 +1,135 @@
+"""Where a run works and where its result goes: targets, disk space, and the rename that makes a result visible."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rbe import checkpoint, shards
+from rbe.errors import RbeError
+
+# Headers, index, configuration and model card, beside the tensors and the copied files.
+BESIDE = 1 << 20
+
+
+def size(size: int | str) -> int:
+    """Bytes of a size like "500MB".
+
+    >>> size("1.5GB"), size(64)
+    (1500000000, 64)
+    """
+    text = str(size).strip().upper().removesuffix("B")
+    factor = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}.get(text[-1:], 1)
+    try:
+        value = int(float(text if factor == 1 else text[:-1]) * factor)
+    except (ValueError, OverflowError):
+        value = 0
+    if value < 1:
+        raise RbeError(f"max_shard_size {size!r} is no size; give bytes, or something like '500MB' or '5GB'")
+    return value
+
+
+def free_target(src: Path, dst: Path) -> Path:
+    """The absolute path of a target that may be written."""
+    given, origin = dst, src.resolve()
+    dst = dst.resolve()
+    if dst == origin or origin in dst.parents or dst in origin.parents:
+        raise RbeError(f"{given} and the source {src} lie in each other; give a folder elsewhere")
+    refuse_foreign(dst)
+    parent = existing(dst.parent)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise RbeError(f"{given} cannot be created: {parent} is no folder that you may write to")
+    return dst
+
+
+def is_free(path: Path) -> bool:
+    """Whether there is nothing, or an empty folder."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+def refuse_foreign(dst: Path) -> None:
+    """Let pass what `compress` may replace: nothing, an empty folder, or a folder that it wrote itself.
+
+    Raises:
+        RbeError: it is something else, or holds something else.
+    """
+    if is_free(dst):
+        return
+    if not checkpoint.is_ours(dst):
+        raise RbeError(f"{dst} exists and was not written by rbe; nothing was changed: choose another name")
+    foreign = checkpoint.strangers(dst)
+    if foreign:
+        raise RbeError(
+            f"{dst} was written by rbe, but holds other files too ({', '.join(foreign[:3])}), which replacing it "
+            "would delete; move them, or choose another name"
+        )
+
+
+def put_back(dst: Path) -> None:
+    """Undo the first of the last two renames of a run that was killed between them."""
+    if _aside(dst).exists() and not dst.exists():
+        _aside(dst).rename(dst)
+
+
+def _aside(dst: Path) -> Path:
+    return dst.parent / f".{dst.name}.rbe-old"
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keep a second run out of a work folder; a killed run's lock goes with it.
+
+    Raises:
+        RbeError: another run is at work there.
+    """
+    with (folder / "lock").open("w") as file:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RbeError(
+                f"{folder} is in use: another run is writing the same folder; wait for it, or choose another name"
+            ) from None
+        yield
+
+
+@contextmanager
+def disk_errors(dst: Path, work: Path) -> Iterator[None]:
+    """Turn a full disk into a message; what is done stays in the work folder."""
+    try:
+        yield
+    except OSError as cause:
+        if cause.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        shutil.rmtree(work / "out", ignore_errors=True)
+        raise RbeError(
+            f"the disk is full: {dst} could not be written. What is done is kept in {work}; free some space and run "
+            "the same command again"
+        ) from cause
+
+
+def publish(out: Path, dst: Path) -> None:
+    """Give a complete folder its name, in one step where the name is free."""
+    for folder in sorted({file.parent for file in out.rglob("*")}, reverse=True):
+        shards.flush_folder(folder)
+    aside = _aside(dst)
+    refuse_foreign(dst)  # once more: hours may have passed
+    if not is_free(dst):
+        shutil.rmtree(aside, ignore_errors=True)
+        dst.rename(aside)
+    elif dst.exists():
+        dst.rmdir()
+    out.rename(dst)
+    shards.flush_folder(dst.parent)
+    shutil.rmtree(aside, ignore_errors=True)
