@@ -8,13 +8,16 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
 
-LAYERS = ["errors", "mixing", "disk", "rotation", "formats", "kernels", "matrix", "search", "nn", "optim", "metrics"]
-LAYERS += ["calibrate", "allocate", "checkpoint", "convert", "profile", "evaluate", "sampling"]
+LAYERS = ["errors", "shards", "mixing", "disk", "rotation", "formats", "kernels", "matrix", "search", "nn", "optim"]
+LAYERS += ["metrics", "calibrate", "allocate", "compress", "source", "checkpoint", "convert", "profile"]
+LAYERS += ["evaluate", "sampling"]
 LEAVES = ["hf", "report", "model", "cli"]
 # Who may reach for a leaf, and only inside a function: the command line, and the whole-model verbs for the plug-in.
 MAY_USE_LEAVES = {"cli": set(LEAVES), "model": {"hf"}}
-# Light leaves, which the command line may load when it starts.
-LIGHT = {"evaluate", "sampling", "report"}
+# A light leaf, which the command line may load when it starts.
+LIGHT = {"report"}
+# The extension, and the one thing of the face that costs nothing.
+NOT_LAYERS = {"rbe._cpu", "rbe.__version__"}
 
 
 def modules_of(source: Path) -> dict[str, ast.Module]:
@@ -34,13 +37,15 @@ def imports(name: str, trees: Mapping[str, ast.Module]) -> Iterator[tuple[str, b
             if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
                 continue
             if isinstance(child, ast.Import):
-                yield from ((alias.name, top) for alias in child.names if alias.name.split(".")[0] == "rbe")
+                names = (alias.name for alias in child.names)
+                yield from ((name, top) for name in names if name.split(".")[0] == "rbe" and name not in NOT_LAYERS)
             elif isinstance(child, ast.ImportFrom):
                 assert child.level == 0, f"{name}: imports are absolute here"
-                if (child.module or "").split(".")[0] == "rbe":
+                if (child.module or "").split(".")[0] == "rbe" and child.module not in NOT_LAYERS:
                     for alias in child.names:
                         full = f"{child.module}.{alias.name}"
-                        yield (full if full in trees else str(child.module)), top
+                        if full not in NOT_LAYERS:
+                            yield (full if full in trees else str(child.module)), top
             else:
                 yield from walk(
                     child, top and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)

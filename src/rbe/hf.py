@@ -23,15 +23,17 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from rbe import checkpoint
 from rbe.allocate import Entry
+from rbe.checkpoint.write import header_metadata
 from rbe.compress import encode_entry, plan_model
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.mixing import fmix32
 from rbe.nn import Seeded, set_activations, swap
 
-METHOD = "rbe"
-FORMAT_VERSION = 0
+METHOD = checkpoint.METHOD
+FORMAT_VERSION = checkpoint.FORMAT_VERSION
 
 
 class RbeConfig(QuantizationConfigMixin):
@@ -63,13 +65,13 @@ class RbeConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         **more: Any,
     ) -> None:
-        if int(format_version) > FORMAT_VERSION:
+        if format_version != FORMAT_VERSION:
             raise RbeError(
-                f"this folder has seeds of format version {format_version}; this rbe reads up to {FORMAT_VERSION}: "
-                "install a later rbe"
+                f"this folder has seeds of format version {format_version}; this rbe reads version {FORMAT_VERSION}: "
+                "install the rbe that wrote it, or a later one"
             )
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.format_version = int(format_version)
+        self.format_version = format_version
         self.bits = bits
         self.effort = effort
         self.include = list(include)
@@ -184,10 +186,8 @@ class RbeQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
         """Bring the description up to date with the model, and repeat it in every file's header."""
-        modules = swap.describe(model)
-        self.quantization_config.modules = modules
-        tensors = json.dumps({name: entry["spec"] for name, entry in modules.items()}, separators=(",", ":"))
-        return None, {"rbe.format_version": str(FORMAT_VERSION), "rbe.tensors": tensors}
+        modules = self.quantization_config.modules = swap.describe(model)
+        return None, header_metadata({name: entry["spec"] for name, entry in modules.items()})
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         # Saving a model turns its configuration's dtype into text.
@@ -337,6 +337,21 @@ def fingerprint(folder: str | Path) -> dict[str, Any]:
     return _answer(load(folder, dtype=torch.float32))
 
 
+def fingerprint_of(model: Any) -> dict[str, Any] | None:
+    """The fingerprint that a loaded float32 model will have once saved; None where it would be another's, or none."""
+    if model.dtype != torch.float32 or any(
+        m.activations != "float32" for m in model.modules() if isinstance(m, Seeded)
+    ):
+        return None
+    training = model.training
+    try:
+        return _answer(model.eval())
+    except RbeError:
+        return None
+    finally:
+        model.train(training)
+
+
 def _answer(model: Any) -> dict[str, Any]:
     config = model.config.get_text_config(decoder=True)
     vocabulary = getattr(config, "vocab_size", None)
@@ -362,17 +377,22 @@ def _answer(model: Any) -> dict[str, Any]:
     }
 
 
-def check_fingerprint(folder: str | Path, expected: dict[str, Any], tolerance: float = 2e-3) -> str | None:
+def check_fingerprint(
+    folder: str | Path, expected: dict[str, Any] | None = None, tolerance: float = 2e-3
+) -> str | None:
     """Compare what the model answers now with a stored fingerprint.
 
     Args:
-        expected: what `fingerprint` returned when the folder was written.
+        expected: what `fingerprint` returned when the folder was written; by default what its index says.
         tolerance: allowed difference in parts of the root mean square output. Instruction tiers sum in another order,
             which moves an output by about 1e-5 of it; random weights differ by more than 1.
 
     Returns:
-        what is wrong, or None.
+        what is wrong; None where nothing is, or where no fingerprint was stored.
     """
+    expected = expected or checkpoint.read_fingerprint(Path(folder))
+    if expected is None:
+        return None
     now = fingerprint(folder)
     for key in ("class", "output", "shape"):
         if now[key] != expected.get(key):

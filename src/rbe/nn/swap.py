@@ -14,6 +14,7 @@ from rbe.matrix import SeedMatrix
 from rbe.nn.embedding import Embedding
 from rbe.nn.linear import Linear
 from rbe.nn.seeded import Seeded
+from rbe.shards import dtype_name
 
 Kind = Literal["linear", "embedding", "keep"]
 _HOOKS = (
@@ -342,7 +343,8 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     'linear'
 
     Returns:
-        {path: {"spec", "kind", "row_scale", "transposed", "tied"}}; tied are the paths that share the owner's seeds.
+        {path: {"spec", "kind", "row_scale", "transposed", "dtype", "tied"}}; dtype is that of the virtual weight, tied
+        are the paths that share the owner's seeds.
     """
     paths: dict[int, list[str]] = {}
     modules: dict[int, Seeded] = {}
@@ -359,6 +361,7 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             "kind": "embedding" if isinstance(owner, Embedding) else "linear",
             "row_scale": owner.row_scale is not None,
             "transposed": owner.transposed,
+            "dtype": dtype_name(owner.weight_dtype),
             "tied": [path for path in paths[key] if path != own[0]],
         }
     return entries

@@ -1,0 +1,149 @@
+"""`save` and `load`: whole models, bit for bit, and nothing half written."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from test_compress import Language, seeded
+from torch import nn
+
+import rbe
+from rbe import model as model_module
+from rbe.checkpoint import read_fingerprint
+from rbe.errors import CorruptFile, RbeError
+
+INDEX = torch.arange(12)[None]
+
+
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    model = Language().eval()
+    model.register_buffer("steps", torch.tensor(7))
+    model.extra = nn.ModuleList([model.body[3], nn.Linear(2, 2)])  # a shared dense module, and a thin layer
+    rbe.compress_(model, effort="fast")
+    return model
+
+
+def skeleton() -> Language:
+    model = Language()
+    model.register_buffer("steps", torch.tensor(0))
+    model.extra = nn.ModuleList([model.body[3], nn.Linear(2, 2)])
+    return model
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_a_plain_model_comes_back(small: nn.Module, tmp_path: Path, meta: bool) -> None:
+    folder = rbe.save(small, tmp_path / "out", max_shard_size=2000)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    with torch.device("meta" if meta else "cpu"):
+        other = skeleton()
+    if meta:  # what torch builds there is not tied by identity before it is told so
+        other.head.weight = other.table.weight
+    again = rbe.load(folder, model=other)
+    assert again is other and seeded(again) == seeded(small)
+    assert torch.equal(again(INDEX), small(INDEX))
+    assert again.steps.item() == 7 and again.extra[0] is again.body[3]
+    assert again.head.owner is again.table
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in small.state_dict().items())
+
+
+def test_a_shared_seed_layer_comes_back(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        layer = nn.Linear(32, 32)
+        return nn.Sequential(layer, nn.ReLU(), layer)
+
+    model = build()
+    rbe.compress_(model, effort="fast")
+    again = rbe.load(rbe.save(model, tmp_path / "out"), model=build())
+    assert again[0] is again[2] and torch.equal(again(torch.ones(32)), model(torch.ones(32)))
+
+
+def test_activations_are_a_load_option(small: nn.Module, tmp_path: Path) -> None:
+    folder = rbe.save(small, tmp_path / "out")
+    rough = rbe.load(folder, model=skeleton(), activations="int8")
+    assert {m.activations for m in rough.modules() if isinstance(m, rbe.nn.Seeded)} == {"int8"}
+
+
+def test_a_plain_model_needs_its_skeleton(small: nn.Module, tmp_path: Path) -> None:
+    folder = rbe.save(small, tmp_path / "out")
+    with pytest.raises(RbeError, match=r"seeds of a Language.*model="):
+        rbe.load(folder)
+
+
+def test_a_wrong_skeleton_is_refused_untouched(small: nn.Module, tmp_path: Path) -> None:
+    folder = rbe.save(small, tmp_path / "out")
+    other = skeleton()
+    other.body[0] = nn.Linear(48, 32)
+    with pytest.raises(RbeError, match=r"body\.0 is \(32, 48\) in the given model, but \(64, 48\)"):
+        rbe.load(folder, model=other)
+    assert seeded(other) == []
+    other = skeleton()
+    other.more = nn.Linear(3, 3)
+    with pytest.raises(RbeError, match="same tensors"):
+        rbe.load(folder, model=other)
+    other = skeleton()
+    other.extra[1].bias = nn.Parameter(torch.zeros(3))
+    with pytest.raises(RbeError, match=r"extra\.1\.bias is \(3,\)"):
+        rbe.load(folder, model=other)
+    with pytest.raises(RbeError, match=r"for table.*no such layer"):
+        rbe.load(folder, model=nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_a_changed_byte_is_found(small: nn.Module, tmp_path: Path) -> None:
+    folder = rbe.save(small, tmp_path / "out")
+    shard = next(folder.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 16
+    shard.write_bytes(data)
+    with pytest.raises(CorruptFile):
+        rbe.load(folder, model=skeleton())
+
+
+def test_nothing_is_overwritten_or_left_half_written(
+    small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rbe.save(small, tmp_path / "out")
+    with pytest.raises(RbeError, match="exists"):
+        rbe.save(small, tmp_path / "out")
+    with pytest.raises(RbeError, match="holds no seeds"):
+        rbe.save(nn.Linear(2, 2), tmp_path / "dense")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_module.checkpoint, "write_folder", full)
+    with pytest.raises(OSError, match="No space"):
+        rbe.save(small, tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_transformers_model_comes_back(gpt2: Path, tmp_path: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
+    rbe.compress_(model, effort="fast", bits=3)
+    folder = rbe.save(model, tmp_path / "out", max_shard_size=20_000)
+    again = rbe.load(folder)
+    assert type(again) is type(model) and not again.training
+    assert torch.equal(again(INDEX).logits, model(INDEX).logits)
+    assert rbe.hf.check_fingerprint(folder, read_fingerprint(folder)) is None
+    base = transformers.AutoModel.from_pretrained(folder)
+    assert torch.equal(base(INDEX).last_hidden_state, model.transformer(INDEX).last_hidden_state)
+    restored = copy.deepcopy(again)
+    restored.dequantize()
+    assert seeded(restored) == []
+
+
+def test_save_pretrained_alone_is_told_apart(gpt2: Path, tmp_path: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(gpt2, quantization_config=rbe.hf.RbeConfig(effort="fast"))
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(RbeError, match=r"no checksums; load it with rbe\.hf\.load"):
+        rbe.load(tmp_path / "out")
+    with pytest.raises(RbeError, match="does not exist"):
+        rbe.load(tmp_path / "absent")
+    with pytest.raises(RbeError, match="not a compressed model"):
+        rbe.load(gpt2)
