@@ -16,24 +16,32 @@ from torch.nn import functional
 from rbe import metrics
 from rbe.errors import RbeError
 
-# Used where the user gives no text: sentences on different matters, so that an encoder has something to tell apart.
+# Used where the user gives no text: two sentences on each of several matters, so that an encoder has something to find.
 SENTENCES = (
     "The ferry leaves the harbour at seven and reaches the island before breakfast.",
+    "The first boat to the island sails early in the morning.",
     "A hard frost in April can destroy the whole apple blossom in one night.",
+    "Fruit growers fear cold nights in spring.",
     "The committee postponed its decision because two members were ill.",
+    "The vote was delayed until everybody could attend.",
     "Bats find moths in the dark by listening to the echo of their own calls.",
+    "Some animals hunt at night with the help of sound.",
     "She paid the plumber in cash and asked for a receipt.",
-    "Sound travels about four times faster in water than in air.",
-    "The orchestra tuned while the last guests looked for their seats.",
-    "Our train was cancelled, so we walked the last three miles along the canal.",
-    "Interest on the loan is charged at the end of every month.",
+    "The tradesman got his money for repairing the pipe.",
     "Bread dough rises faster in a warm kitchen than in a cold one.",
+    "Yeast works slowly when it is cool.",
+    "The orchestra tuned while the last guests looked for their seats.",
+    "The musicians prepared for the concert as the hall filled.",
+    "Our train was cancelled, so we walked the last three miles.",
+    "Because of a railway strike they had to go on foot.",
+    "Interest on the loan is charged at the end of every month.",
+    "The bank takes its fee for borrowed money monthly.",
     "The goalkeeper guessed the right corner and saved the penalty.",
-    "Old maps of the coast show a village that the sea has since taken.",
+    "A football match was decided by a stopped shot.",
     "The doctor advised rest, plenty of water and no sport for a week.",
-    "A printing press needs clean rollers and exactly the right amount of ink.",
-    "The children built a bridge of ice-cream sticks that carried a brick.",
+    "The patient was told to stay in bed and drink a lot.",
     "Astronomers measured the age of the star from the light it sends.",
+    "A telescope showed how old a distant sun is.",
 )
 
 # Logits of both models are held at once; 2^24 of them are 64 MiB each.
@@ -52,9 +60,11 @@ class Fidelity:
         cosine_min: the smallest cosine seen.
         error: squared error of the outputs relative to the reference outputs.
         kl: mean KL(reference || model) in nats, where there are logits.
-        agreement: share of positions where both models prefer the same class.
+        agreement: share of positions where both models prefer the same class; of encoders, share of texts whose
+            nearest other text is the same under both.
         perplexity: of the model, per token, language models only.
         reference_perplexity: of the reference.
+        similarity: rank correlation of the two models' similarities between all pairs of texts, encoders only.
     """
 
     kind: str
@@ -67,6 +77,7 @@ class Fidelity:
     agreement: float | None = None
     perplexity: float | None = None
     reference_perplexity: float | None = None
+    similarity: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain numbers; nothing that was not measured."""
@@ -103,7 +114,7 @@ class _Sums:
             cosine_min=self.cosine_min,
             error=self.error / self.power if self.power else 0.0,
             kl=self.kl / n if logits else None,
-            agreement=self.agreement / n if logits else None,
+            **({"agreement": self.agreement / n} if logits else {}),
             **more,
         )
 
@@ -247,10 +258,12 @@ def compare(
     if not texts:
         raise RbeError("compare: the text has no line with anything in it; give a file with one text a line")
     sums = _Sums()
+    embeddings: list[tuple[Tensor, Tensor]] = []
     done = 0
     for inputs in _inputs(reference, tokenizer, texts, context):
         if kind == "encoder":
             pairs = pooled(model, inputs), pooled(reference, inputs)
+            embeddings.append(pairs)
         else:
             with torch.inference_mode():
                 mask = inputs["attention_mask"].bool()
@@ -260,7 +273,39 @@ def compare(
         done += len(inputs["input_ids"])
         if progress is not None:
             progress(done, len(texts))
-    return sums.fidelity(kind, "texts", done, logits=kind == "model")
+    more: dict[str, float] = {}
+    if len(embeddings) and done > 2:
+        ours, theirs = (torch.cat(side) for side in zip(*embeddings, strict=True))
+        more = {"similarity": similarity(ours, theirs), "agreement": neighbours(ours, theirs)}
+    return sums.fidelity(kind, "texts", done, logits=kind == "model", **more)
+
+
+def similarity(ours: Tensor, theirs: Tensor, most: int = 1024) -> float:
+    """Rank correlation of the cosines between all pairs of texts under two models: (texts, width) twice, of length 1.
+
+    >>> x = functional.normalize(torch.randn(9, 4), dim=-1)
+    >>> similarity(x, -x)
+    1.0
+
+    Args:
+        most: take the first so many texts; the number of pairs grows with the square.
+    """
+    rows, columns = torch.triu_indices(min(len(ours), most), min(len(ours), most), offset=1).unbind()
+    return metrics.spearman(*(metrics.cosine(e[rows], e[columns]) for e in (ours, theirs)))
+
+
+def neighbours(ours: Tensor, theirs: Tensor, most: int = 4096) -> float:
+    """Share of texts whose nearest other text is the same under both models: (texts, width) twice, of length 1.
+
+    >>> x = functional.normalize(torch.randn(9, 4), dim=-1)
+    >>> neighbours(x, -x)
+    1.0
+
+    Args:
+        most: look at the first so many texts; memory grows with the square.
+    """
+    nearest = [(e[:most] @ e[:most].T).fill_diagonal_(-math.inf).argmax(-1) for e in (ours.float(), theirs.float())]
+    return (nearest[0] == nearest[1]).double().mean().item()
 
 
 def _compare_language_models(
