@@ -32,7 +32,7 @@ class Source:
     Attributes:
         path: the folder or the file.
         files: the weight files, in the order of their names.
-        tensors: by name, in the order of files and of offsets.
+        tensors: by name, in counting order of the names.
         config: contents of config.json; None for a bare file.
         others: paths, relative to the folder, of the files that are not weights.
         metadata: `__metadata__` of the first weight file.
@@ -85,10 +85,10 @@ def open_source(path: Path) -> Source:
         twice = tensors.keys() & found.keys()
         if twice:
             raise CorruptFile(f"{path}: {min(twice)} is stored in two files; fetch the folder again")
-        tensors.update(_ordered(found))
+        tensors.update(found)
     if (path / INDEX).is_file() and files[0].name != SINGLE:
         _check_index(path, tensors)
-    return _filled(Source(path, files, tensors, config, tuple(_others(path, files)), metadata))
+    return _filled(Source(path, files, _ordered(tensors), config, tuple(_others(path, files)), metadata))
 
 
 def _ordered(tensors: dict[str, Stored]) -> dict[str, Stored]:
