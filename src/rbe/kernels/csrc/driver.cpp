@@ -16,6 +16,9 @@
 namespace rbe {
 namespace {
 
+constexpr int64_t PACKED = int64_t{4} << 20;  // bytes of packed activations that a call aims to stay under
+constexpr int64_t ALONE = 512;  // blocks (times rows of x, by fours) below which a second thread does not pay
+
 const char* const ORDER[] = {"portable", "avx2", "avx512", "amx"};
 
 const Tier* find(std::string_view name) {
@@ -139,50 +142,59 @@ const Tier& tier() {
     return *current;
 }
 
-void matmul(const Call& call) {
-    const Matrix& m = *call.matrix;
-    const Tier& t = tier();
-    const int64_t batch = call.batch, cols = m.padded_cols();
-    if (batch == 0) return;
-    int32_t* values = static_cast<int32_t*>(scratch_values.get(static_cast<size_t>(batch * cols) * 4));
+namespace {
+// A few rows of x, as many as the scratch memory is meant for.
+void multiply(const Tier& t, const Matrix& m, Activations a, const float* x, float* y, int threads) {
+    const int64_t batch = a.batch;
+    a.packed = scratch_packed.get(t.packed_bytes(m, a));
     std::vector<double> units(static_cast<size_t>(batch));
-    parallel(batch, batch * cols < 32768 ? 1 : call.threads, [&](int64_t b) {
+    parallel(batch, batch * a.cols < 32768 ? 1 : threads, [&](int64_t b) {
         float* row = static_cast<float*>(scratch_rows.get(static_cast<size_t>(m.cols) * 4));
-        std::copy_n(call.x + b * m.cols, m.cols, row);
+        int32_t* values = static_cast<int32_t*>(scratch_values.get(static_cast<size_t>(a.cols + EDGE) * 4));
+        std::copy_n(x + b * m.cols, m.cols, row);
         t.rotate(row, m.cols, m.rotation_in);
-        std::fill(values + b * cols + m.cols, values + (b + 1) * cols, 0);
-        units[static_cast<size_t>(b)] = to_fixed(t, row, m.cols, call.int8, values + b * cols) * *m.scale;
+        std::fill(values + m.cols, values + a.cols + EDGE, 0);
+        units[static_cast<size_t>(b)] = to_fixed(t, row, m.cols, a.int8, values) * *m.scale;
+        t.pack(m, a, b, values);
     });
-    Activations a{batch, cols, call.int8, values, scratch_packed.get(t.packed_bytes(m, batch, cols, call.int8))};
-    t.pack(m, a);
     // Bands of a few block rows: large enough to hide the hand-out, small enough to share two unequal cores evenly.
     const int64_t work = m.block_rows * m.block_cols * (batch + 3) / 4;
-    const int threads = work < 512 ? 1 : call.threads;
-    const int64_t band = std::clamp<int64_t>(m.block_rows / (8 * threads), 1, 8) * (threads == 1 ? 8 : 1);
+    threads = work < ALONE ? 1 : threads;
+    const int64_t band = std::clamp<int64_t>(m.block_rows / ((batch > 8 ? 2 : 8) * threads), 1, 8);
     const int64_t bands = (m.block_rows + band - 1) / band;
     std::atomic<int64_t> next{0};
     parallel(threads, threads, [&](int64_t) {
-        t.enter();
         int64_t* sums = static_cast<int64_t*>(scratch_sums.get(static_cast<size_t>(batch * band * EDGE) * 8));
         for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < bands;) {
             const int64_t begin = k * band, end = std::min(begin + band, m.block_rows), stride = band * EDGE;
             t.product(m, a, begin, end, sums, stride);
             const int64_t first = begin * EDGE, count = std::min(end * EDGE, m.rows) - first;
             for (int64_t b = 0; b < batch; b++) {
-                float* y = call.y + b * m.rows + first;
+                float* to = y + b * m.rows + first;
                 const int64_t* s = sums + b * stride;
                 const double unit = units[static_cast<size_t>(b)];
-                if (m.row_scale)
-                    for (int64_t r = 0; r < count; r++)
-                        y[r] = static_cast<float>(static_cast<double>(s[r]) * unit * half_to_float(m.row_scale[first + r]));
-                else
-                    for (int64_t r = 0; r < count; r++) y[r] = static_cast<float>(static_cast<double>(s[r]) * unit);
+                for (int64_t r = 0; r < count; r++) {
+                    const double v = static_cast<double>(s[r]) * unit;
+                    to[r] = static_cast<float>(m.row_scale ? v * half_to_float(m.row_scale[first + r]) : v);
+                }
             }
         }
         t.leave();
     });
-    rotate_rows(call.y, batch, m.rows, m.rotation_out, true, call.threads);
-    scratch_values.trim(), scratch_packed.trim();
+    rotate_rows(y, batch, m.rows, m.rotation_out, true, threads);
+    scratch_packed.trim();
+}
+}  // namespace
+
+void matmul(const Call& call) {
+    const Matrix& m = *call.matrix;
+    const Tier& t = tier();
+    Activations a{8, m.padded_cols(), call.int8, nullptr};
+    const int64_t most = std::clamp<int64_t>(8 * PACKED / static_cast<int64_t>(t.packed_bytes(m, a)), 12, 96);
+    for (int64_t b = 0; b < call.batch; b += most) {
+        a.batch = std::min(most, call.batch - b);
+        multiply(t, m, a, call.x + b * m.cols, call.y + b * m.rows, call.threads);
+    }
 }
 
 void rotate_rows(float* x, int64_t batch, int64_t n, uint32_t seed, bool back, int threads) {

@@ -11,14 +11,20 @@
 enum Gather {
     PERMUTE,    // any rate: a byte permutation
     BROADCAST,  // w <= 3: both columns lie within one 64-bit word, which is broadcast by the shift instruction itself
+    HALVED,     // w = 4: as below
 };
 
+// At w = 4 a 64-bit word holds 8 rows of two columns, and the word after it the same rows of the next two columns. So a
+// 16-byte broadcast and the shift alone make a vector of 8 rows and four columns: vector v of a block has columns
+// 4 (v / 2) ... + 3 and rows 8 (v % 2) ... + 7; of its 64-bit lanes the even ones have the first two columns, the odd
+// ones the last two, and lanes 2 k and 2 k + 1 have rows 2 k and 2 k + 1 of the eight.
+
 struct Generator {
-    __m512i index, control, direct, low, high, mask;
+    __m512i index, control, direct, quarters, halved, low, high, mask;
     int w;
 
     explicit Generator(const Matrix& m) : w(m.w) {
-        alignas(64) uint8_t from[64], shift[64], straight[64];
+        alignas(64) uint8_t from[64], shift[64], straight[64], four[64], eight[64];
         for (int q = 0; q < 8; q++)
             for (int c = 0; c < 2; c++) {
                 // Bits count from two bytes before the first column; a 4-byte group serves both rows of the lane pair.
@@ -31,7 +37,14 @@ struct Generator {
                         straight[to] = static_cast<uint8_t>(bit & 63);
                     }
             }
+        for (int k = 0; k < 64; k++) {
+            const int row = k / 16 * 2 + k % 8 / 4, column = k % 4 / 2;
+            eight[k] = static_cast<uint8_t>((8 * m.w * column + m.start(row) + 16 + 8 * (k % 2)) & 63);
+            four[k] = static_cast<uint8_t>(k % 16);
+        }
         index = _mm512_load_si512(from);
+        quarters = _mm512_load_si512(four);
+        halved = _mm512_load_si512(eight);
         control = _mm512_load_si512(shift);
         direct = _mm512_load_si512(straight);
         low = halves(m.even & 0xFFFF, m.odd & 0xFFFF);
@@ -56,11 +69,17 @@ struct Generator {
         hi = _mm512_add_epi16(_mm512_mulhi_epu16(windows, low), PAIRED ? lo : _mm512_mullo_epi16(windows, high));
     }
 
-    // Columns 2 pair and 2 pair + 1 of a block.
+    // Columns 2 pair and 2 pair + 1 of a block; or its vector `pair`, if halved.
     template <bool PAIRED, Gather HOW>
     void products(const uint8_t* block, int pair, __m512i& lo, __m512i& hi) const {
         __m512i windows;
-        if (HOW == BROADCAST && pair > 0) {
+        if (HOW == HALVED) {
+            const uint8_t* at = block + 16 * (pair / 2) + 2 * (pair % 2) - 2;
+            const __m512i bytes = pair == 0
+                                      ? _mm512_permutexvar_epi8(quarters, first(block))
+                                      : _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+            windows = _mm512_multishift_epi64_epi8(halved, bytes);
+        } else if (HOW == BROADCAST && pair > 0) {
             int64_t word;
             std::memcpy(&word, block + 2 * w * pair - 2, 8);
             windows = _mm512_multishift_epi64_epi8(direct, _mm512_set1_epi64(word));

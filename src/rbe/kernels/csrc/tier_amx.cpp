@@ -1,9 +1,10 @@
-// AMX: products of 32 weights are written to the first-level cache, and the tile unit multiplies them by up to 16 rows
-// of 8-bit digits at once, while the vector unit generates the next ones. Float activations are four digits a value.
+// AMX: generated weights are written to the first-level cache, and the tile unit multiplies them by up to 16 rows of
+// 8-bit digits at once, while the vector unit generates the next ones. Float activations are four digits a value.
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #if defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -15,64 +16,66 @@
 namespace rbe {
 namespace {
 #include "generate_avx512.h"
+#include "product_avx512.h"
 #include "tier_common.h"
 
-constexpr int64_t SPAN = 16384;  // columns whose sums of 8-bit digits times four bytes fit 32 bits
-constexpr int ROWS = 16;         // of a tile
-constexpr int TILES = 4;         // tiles of activations for one generation
-constexpr int RING = 4;          // blocks (or pairs of blocks) of products in flight
-
-// The lanes of the `halved` arrangement, for w = 4 and few rows: a vector holds 8 rows of four columns, 64-bit lanes
-// taking columns (0, 1) and (2, 3) in turn, because then a plain 16-byte broadcast brings every bit in place and the
-// byte permutation is not needed. Even and odd lanes then belong to different columns: activations take two tile rows.
-bool halved(const Matrix& m, int64_t batch, bool int8) { return m.w == 4 && batch * (int8 ? 1 : 4) * 2 <= ROWS; }
+// A tile of generated weights: the byte sums s of 16 rows and 32 columns, 16-bit numbers as generated, which are two
+// unsigned digits of base 256. Tile row p of one row of x has its signed digits p and p - 1 side by side, so that its sum
+// is the coefficient of 256^p of the product: digits + 1 tile rows for a row of x.
+constexpr int ROWS = 16;    // of a tile
+constexpr int STEP = 32;    // columns of a tile
+constexpr int TILES = 4;    // tiles of activations multiplied at once
+constexpr int PANEL = 8;    // tiles of generated weights along a panel
+constexpr int BANDS = 8;    // block rows of a panel
+constexpr int MOST_TILES = 32;  // 96 rows of x, as many as a call brings
+constexpr int LAG = 2;      // tiles between writing and reading, so that no read waits for a write
+constexpr int64_t FEW = 2;  // rows of x up to which the tiles do not pay
 
 struct Plan {
-    int digits, rows, tiles;  // digits a value; tile rows of a tile; tiles of activations
-    bool half;
-    int64_t steps;  // along the columns: blocks, or pairs of blocks if halved
-    Plan(const Matrix& m, int64_t batch, bool int8) : digits(int8 ? 1 : 4), half(halved(m, batch, int8)) {
-        const int64_t all = batch * digits * (half ? 2 : 1);
-        rows = static_cast<int>(std::min<int64_t>(all, ROWS));
-        tiles = static_cast<int>((all + ROWS - 1) / ROWS);
-        steps = half ? (m.block_cols + 1) / 2 : m.block_cols;
-    }
-    // Bytes of a tile of activations, and of all of them; followed by one sum of X a batch row.
-    int64_t bytes() const { return int64_t{64} * rows; }
-    int64_t all_bytes() const { return bytes() * tiles * steps; }
+    int digits, per_row, per_tile, tiles, rows;  // digits of a value; tile rows of a row of x; rows of x in a tile; ...
+    int64_t steps;
+    explicit Plan(const Activations& a)
+        : digits(a.int8 ? 1 : 4), per_row(digits + 1), per_tile(ROWS / per_row),
+          tiles(static_cast<int>((a.batch + per_tile - 1) / per_tile)),
+          rows(static_cast<int>(std::min<int64_t>(a.batch, per_tile)) * per_row), steps((a.cols + STEP - 1) / STEP) {}
+    int64_t tile_bytes() const { return int64_t{64} * rows; }
+    int64_t apart() const { return steps * tile_bytes(); }  // from one tile of activations to the next
 };
 
-size_t packed_bytes(const Matrix& m, int64_t batch, int64_t, bool int8) {
-    return static_cast<size_t>(Plan(m, batch, int8).all_bytes() + 8 * batch);
+bool without_tiles(const Activations& a) { return a.batch <= FEW; }
+
+size_t packed_bytes(const Matrix& m, const Activations& a) {
+    if (without_tiles(a)) return words_bytes(m, a);
+    const Plan plan(a);
+    return static_cast<size_t>(plan.tiles * plan.apart() + 8 * a.batch);
 }
 
-// Balanced digit d in base 256 of v: v = sum of digit(v, d) * 256^d.
-inline uint32_t digit(int32_t v, int d) {
-    for (; d > 0; d--) v = (v - static_cast<int8_t>(v)) >> 8;
-    return static_cast<uint8_t>(v);
-}
-
-void pack(const Matrix& m, Activations& a) {
-    const Plan plan(m, a.batch, a.int8);
-    uint8_t* out = static_cast<uint8_t*>(a.packed);
-    int64_t* sums = reinterpret_cast<int64_t*>(out + plan.all_bytes());
-    const int per_row = plan.digits * (plan.half ? 2 : 1);
-    if (plan.tiles > 1 || plan.half) std::memset(out, 0, static_cast<size_t>(plan.all_bytes()));
-    for (int64_t b = 0; b < a.batch; b++) {
-        const int32_t* x = a.values + b * a.cols;
-        sums[b] = 0;
-        for (int64_t j = 0; j < a.cols; j++) sums[b] += x[j];
-        for (int d = 0; d < plan.digits; d++)
-            for (int64_t pair = 0; pair < a.cols / 2; pair++) {
-                const int64_t parity = plan.half ? pair & 1 : 0;
-                const int64_t row = b * per_row + (plan.half ? 2 * d + parity : d);
-                const int64_t step = plan.half ? pair / 16 : pair / 8;
-                const int64_t word = plan.half ? pair % 16 / 2 : pair % 8;
-                const uint64_t twice = (digit(x[2 * pair], d) * 0x0101u) | (digit(x[2 * pair + 1], d) * 0x01010000u);
-                const uint64_t both = twice | twice << 32;  // for the lower and the upper halves of the products
-                std::memcpy(out + ((row / ROWS) * plan.steps + step) * plan.bytes() + row % ROWS * 64 + word * 8, &both, 8);
-            }
+void pack(const Matrix& m, const Activations& a, int64_t b, const int32_t* x) {
+    if (without_tiles(a)) return pack_words(m, a, b, x);
+    const Plan plan(a);
+    uint8_t* out = static_cast<uint8_t*>(a.packed) + b / plan.per_tile * plan.apart() + b % plan.per_tile * plan.per_row * 64;
+    alignas(64) uint8_t from[64];
+    // Adding and flipping 0x80 in every byte turns a number into signed digits of base 256.
+    const __m512i bias = _mm512_set1_epi32(static_cast<int32_t>(0x80808080u));
+    for (int p = 0; p < plan.per_row; p++) {
+        __mmask64 used = 0;
+        for (int k = 0; k < 64; k++) {
+            const int digit = p - k % 2;
+            from[k] = static_cast<uint8_t>(k / 2 * 4 + (digit & 3));
+            used |= __mmask64{digit >= 0 && digit < plan.digits} << k;
+        }
+        const __m512i index = _mm512_load_si512(from);
+        for (int64_t s = 0; s < plan.steps; s++) {
+            __m512i v[2];
+            for (int h = 0; h < 2; h++)
+                v[h] = _mm512_xor_si512(_mm512_add_epi32(_mm512_loadu_si512(x + STEP * s + 16 * h), bias), bias);
+            _mm512_storeu_si512(out + s * plan.tile_bytes() + 64 * p,
+                                _mm512_maskz_permutex2var_epi8(used, v[0], index, v[1]));
+        }
     }
+    int64_t sum = 0;
+    for (int64_t j = 0; j < a.cols; j++) sum += x[j];
+    std::memcpy(static_cast<uint8_t*>(a.packed) + plan.tiles * plan.apart() + 8 * b, &sum, 8);
 }
 
 struct alignas(64) Config {
@@ -81,173 +84,150 @@ struct alignas(64) Config {
     uint8_t rows[16] = {};
 };
 
+// Tiles 0 ... 3 are sums, 4 and 5 activations, 6 and 7 generated weights.
 void configure(int rows) {
     Config c;
-    for (int t = 0; t < 8; t++) c.row_bytes[t] = 64, c.rows[t] = static_cast<uint8_t>(t < 5 ? rows : ROWS);
+    for (int t = 0; t < 8; t++) c.row_bytes[t] = 64, c.rows[t] = static_cast<uint8_t>(t < 6 ? rows : ROWS);
     _tile_loadconfig(&c);
 }
 
-// Tiles 0 ... 3 are sums, 4 activations, 5 products.
 template <int COUNT>
-inline void zero() {
-    _tile_zero(0);
-    if (COUNT > 1) _tile_zero(1);
-    if (COUNT > 2) _tile_zero(2);
-    if (COUNT > 3) _tile_zero(3);
+inline void load_sums(const int32_t (*sums)[ROWS * 16]) {
+    _tile_loadd(0, sums[0], 64);
+    if (COUNT > 1) _tile_loadd(1, sums[1], 64);
+    if (COUNT > 2) _tile_loadd(2, sums[2], 64);
+    if (COUNT > 3) _tile_loadd(3, sums[3], 64);
 }
 
 template <int COUNT>
-inline void store(int32_t (*out)[ROWS * 16]) {
-    _tile_stored(0, out[0], 64);
-    if (COUNT > 1) _tile_stored(1, out[1], 64);
-    if (COUNT > 2) _tile_stored(2, out[2], 64);
-    if (COUNT > 3) _tile_stored(3, out[3], 64);
+inline void store_sums(int32_t (*sums)[ROWS * 16]) {
+    _tile_stored(0, sums[0], 64);
+    if (COUNT > 1) _tile_stored(1, sums[1], 64);
+    if (COUNT > 2) _tile_stored(2, sums[2], 64);
+    if (COUNT > 3) _tile_stored(3, sums[3], 64);
 }
 
-// One block of products times COUNT tiles of activations.
+// One tile of generated weights times COUNT tiles of activations.
 template <int COUNT>
-inline void multiply(const uint8_t* products, const uint8_t* x, int64_t apart) {
-    _tile_loadd(5, products, 64);
+inline void multiply(const uint8_t* weights, const uint8_t* x, int64_t apart) {
+    _tile_loadd(6, weights, 64);
     _tile_loadd(4, x, 64);
-    _tile_dpbsud(0, 4, 5);
+    _tile_dpbsud(0, 4, 6);
     if (COUNT > 1) {
-        _tile_loadd(4, x + apart, 64);
-        _tile_dpbsud(1, 4, 5);
+        _tile_loadd(5, x + apart, 64);
+        _tile_dpbsud(1, 5, 6);
     }
     if (COUNT > 2) {
         _tile_loadd(4, x + 2 * apart, 64);
-        _tile_dpbsud(2, 4, 5);
+        _tile_dpbsud(2, 4, 6);
     }
     if (COUNT > 3) {
-        _tile_loadd(4, x + 3 * apart, 64);
-        _tile_dpbsud(3, 4, 5);
+        _tile_loadd(5, x + 3 * apart, 64);
+        _tile_dpbsud(3, 5, 6);
     }
 }
 
-// One block row times COUNT tiles of activations, columns of blocks [first, last).
+// Tile `step` of block row i.
+template <bool PAIRED, Gather HOW>
+inline void generate(const Matrix& m, const Generator& g, int64_t i, int64_t step, Padded& padded, uint8_t* out) {
+    for (int64_t j = 2 * step; j < 2 * step + 2; j++, out += 512) {
+        // Past an odd number of blocks the activations are zero: any readable block will do.
+        const uint8_t* block = readable(m, m.block(i, std::min(j, m.block_cols - 1)), padded);
+#pragma GCC unroll 8
+        for (int p = 0; p < EDGE / 2; p++) {
+            __m512i lo, hi;
+            g.products<PAIRED, HOW>(block, p, lo, hi);
+            _mm512_store_si512(out + 64 * p, byte_sums(lo, hi));
+        }
+    }
+}
+
+// Few activations: each tile of weights is multiplied shortly after it was generated.
 template <bool PAIRED, Gather HOW, int COUNT>
-void span(const Matrix& m, const Generator& g, const Plan& plan, const uint8_t* x, int64_t i, int64_t first, int64_t last,
-          int32_t (*out)[ROWS * 16]) {
-    alignas(64) uint8_t ring[RING][1024];
+void stream(const Matrix& m, const Generator& g, const Plan& plan, const uint8_t* x, int64_t i, int32_t (*sums)[ROWS * 16]) {
+    alignas(64) uint8_t ring[2 * LAG][1024];
     Padded padded;
-    const int64_t apart = plan.steps * plan.bytes();
-    zero<COUNT>();
-    for (int64_t j = first; j < last + RING / 2; j++) {
-        if (j < last) {
-            const uint8_t* block = readable(m, m.block(i, j), padded);
-            uint8_t* to = ring[j % RING];
-#pragma GCC unroll 8
-            for (int p = 0; p < EDGE / 2; p++) {
-                __m512i lo, hi;
-                g.products<PAIRED, HOW>(block, p, lo, hi);
-                _mm512_store_si512(to + 128 * p, lo);
-                _mm512_store_si512(to + 128 * p + 64, hi);
-            }
-        }
-        if (j >= first + RING / 2) {
-            const int64_t k = j - RING / 2;
-            multiply<COUNT>(ring[k % RING], x + k * plan.bytes(), apart);
-        }
+    load_sums<COUNT>(sums);
+    for (int64_t s = 0; s < plan.steps + LAG; s++) {
+        if (s < plan.steps) generate<PAIRED, HOW>(m, g, i, s, padded, ring[s % (2 * LAG)]);
+        if (s >= LAG) multiply<COUNT>(ring[(s - LAG) % (2 * LAG)], x + (s - LAG) * plan.tile_bytes(), plan.apart());
     }
-    store<COUNT>(out);
+    store_sums<COUNT>(sums);
 }
 
-template <bool PAIRED>
-inline void halves_of_block(const Generator& g, __m512i control, __m512i index, const uint8_t* block, uint8_t* lower,
-                            uint8_t* upper) {
-#pragma GCC unroll 8
-    for (int v = 0; v < 8; v++) {
-        const int group = v / 2, half = v % 2;
-        __m512i bytes, lo, hi;
-        if (v == 0)
-            bytes = _mm512_permutexvar_epi8(index, g.first(block));
-        else
-            bytes = _mm512_broadcast_i32x4(
-                _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 16 * group - 2 + 2 * half)));
-        g.multiply<PAIRED>(_mm512_multishift_epi64_epi8(control, bytes), lo, hi);
-        uint8_t* to = (half ? upper : lower) + 128 * group;
-        _mm512_store_si512(to, lo);
-        _mm512_store_si512(to + 64, hi);
+// Many activations: a panel of weights, BANDS block rows high and PANEL tiles wide, is generated once and multiplied by
+// all of them, so ordered that four tiles of activations stay in the first-level cache for all its block rows.
+struct Workspace {
+    alignas(64) uint8_t weights[BANDS][PANEL][1024];
+    alignas(64) int32_t sums[BANDS][MOST_TILES][ROWS * 16];
+};
+thread_local std::unique_ptr<Workspace> workspace;
+
+template <int COUNT>
+void multiply_panel(Workspace& ws, const Plan& plan, const uint8_t* x, int bands, int64_t steps, int t) {
+    for (int i = 0; i < bands; i++) {
+        load_sums<COUNT>(ws.sums[i] + t);
+        for (int64_t s = 0; s < steps; s++) multiply<COUNT>(ws.weights[i][s], x + s * plan.tile_bytes(), plan.apart());
+        store_sums<COUNT>(ws.sums[i] + t);
     }
 }
 
-// One block row in the halved arrangement, pairs of blocks [first, last): sums of rows 0 ... 7 and of rows 8 ... 15.
-template <bool PAIRED>
-void span_halved(const Matrix& m, const Generator& g, const Plan& plan, const uint8_t* x, int64_t i, int64_t first,
-                 int64_t last, int32_t (*out)[ROWS * 16]) {
-    alignas(64) uint8_t ring[RING][2][1024];
-    alignas(64) uint8_t shift[64], from[64];
-    for (int k = 0; k < 64; k++) {
-        const int q = k / 8, i_ = q / 2 * 2 + k % 8 / 4, column = k % 4 / 2;
-        shift[k] = static_cast<uint8_t>((32 * column + m.start(i_) + 16 + 8 * (k % 2)) & 63);
-        from[k] = static_cast<uint8_t>(k % 16);
-    }
-    const __m512i control = _mm512_load_si512(shift), index = _mm512_load_si512(from);
+template <bool PAIRED, Gather HOW>
+void panels(const Matrix& m, const Generator& g, const Plan& plan, const uint8_t* x, int64_t begin, int bands) {
+    Workspace& ws = *workspace;
     Padded padded;
-    zero<2>();
-    for (int64_t j = first; j < last + RING / 2; j++) {
-        if (j < last)
-            for (int64_t b = 2 * j; b < 2 * j + 2; b++) {
-                // Past an odd number of blocks the activations are zero: any readable block will do.
-                const uint8_t* block = readable(m, m.block(i, std::min(b, m.block_cols - 1)), padded);
-                uint8_t(*to)[1024] = ring[j % RING];
-                halves_of_block<PAIRED>(g, control, index, block, to[0] + 512 * (b & 1), to[1] + 512 * (b & 1));
-            }
-        if (j >= first + RING / 2) {
-            const int64_t k = j - RING / 2;
-            _tile_loadd(4, x + k * plan.bytes(), 64);
-            _tile_loadd(5, ring[k % RING][0], 64);
-            _tile_dpbsud(0, 4, 5);
-            _tile_loadd(6, ring[k % RING][1], 64);
-            _tile_dpbsud(1, 4, 6);
+    for (int64_t first = 0; first < plan.steps; first += PANEL) {
+        const int64_t steps = std::min<int64_t>(PANEL, plan.steps - first);
+        for (int i = 0; i < bands; i++)
+            for (int64_t s = 0; s < steps; s++)
+                generate<PAIRED, HOW>(m, g, begin + i, first + s, padded, ws.weights[i][s]);
+        for (int t = 0; t < plan.tiles; t += TILES) {
+            const uint8_t* tile = x + t * plan.apart() + first * plan.tile_bytes();
+            const int count = std::min(plan.tiles - t, TILES);
+            if (count == 1) multiply_panel<1>(ws, plan, tile, bands, steps, t);
+            if (count == 2) multiply_panel<2>(ws, plan, tile, bands, steps, t);
+            if (count == 3) multiply_panel<3>(ws, plan, tile, bands, steps, t);
+            if (count == 4) multiply_panel<4>(ws, plan, tile, bands, steps, t);
         }
     }
-    store<2>(out);
 }
 
 template <bool PAIRED, Gather HOW>
 void rows_of(const Matrix& m, const Activations& a, int64_t begin, int64_t end, int64_t* sums, int64_t stride) {
     const Generator g(m);
-    const Plan plan(m, a.batch, a.int8);
+    const Plan plan(a);
     const uint8_t* x = static_cast<const uint8_t*>(a.packed);
-    const int64_t* totals = reinterpret_cast<const int64_t*>(x + plan.all_bytes());
-    const int64_t pace = SPAN / EDGE / (plan.half ? 2 : 1);
-    alignas(64) int32_t out[TILES][ROWS * 16];
+    if (!workspace) workspace = std::make_unique<Workspace>();
     configure(plan.rows);
-    for (int64_t i = begin; i < end; i++) {
-        for (int64_t b = 0; b < a.batch; b++)
-            for (int r = 0; r < EDGE; r++) sums[b * stride + (i - begin) * EDGE + r] = -OFFSET * totals[b];
-        for (int t = 0; t < plan.tiles; t += TILES)
-            for (int64_t first = 0; first < plan.steps; first += pace) {
-                const int64_t last = std::min(first + pace, plan.steps);
-                const int count = std::min(plan.tiles - t, TILES);
-                const uint8_t* tile = x + t * plan.steps * plan.bytes();
-                if (plan.half) span_halved<PAIRED>(m, g, plan, tile, i, first, last, out);
-                else if (count == 1) span<PAIRED, HOW, 1>(m, g, plan, tile, i, first, last, out);
-                else if (count == 2) span<PAIRED, HOW, 2>(m, g, plan, tile, i, first, last, out);
-                else if (count == 3) span<PAIRED, HOW, 3>(m, g, plan, tile, i, first, last, out);
-                else span<PAIRED, HOW, 4>(m, g, plan, tile, i, first, last, out);
-                const int64_t per_tile = ROWS / plan.digits;
-                for (int64_t b = t * per_tile; b < std::min(a.batch, (t + count) * per_tile); b++)
-                    for (int d = 0; d < plan.digits; d++)
-                        for (int n = 0; n < EDGE; n++) {
-                            int64_t* sum = sums + b * stride + (i - begin) * EDGE;
-                            const int64_t weight = int64_t{1} << 8 * d;
-                            if (plan.half) {
-                                const int row = n / 4 * 2 + n % 2, parity = n / 2 % 2;
-                                const int64_t line = ((b * plan.digits + d) * 2 + parity) * 16 + n;
-                                sum[row] += out[0][line] * weight;
-                                sum[row + 8] += out[1][line] * weight;
-                            } else {
-                                const int64_t line = b * plan.digits + d;
-                                sum[n] += out[line / ROWS - t][line % ROWS * 16 + n] * weight;
-                            }
-                        }
+    for (int64_t at = begin; at < end; at += BANDS) {
+        const int bands = static_cast<int>(std::min<int64_t>(BANDS, end - at));
+        for (int i = 0; i < bands; i++) {
+            int32_t(*out)[ROWS * 16] = workspace->sums[i];
+            std::memset(out, 0, static_cast<size_t>(plan.tiles) * sizeof out[0]);
+            if (plan.tiles == 1) stream<PAIRED, HOW, 1>(m, g, plan, x, at + i, out);
+            if (plan.tiles == 2) stream<PAIRED, HOW, 2>(m, g, plan, x, at + i, out);
+            if (plan.tiles == 3) stream<PAIRED, HOW, 3>(m, g, plan, x, at + i, out);
+            if (plan.tiles == 4) stream<PAIRED, HOW, 4>(m, g, plan, x, at + i, out);
+        }
+        if (plan.tiles > TILES) panels<PAIRED, HOW>(m, g, plan, x, at, bands);
+        for (int64_t b = 0; b < a.batch; b++) {
+            int64_t total;
+            std::memcpy(&total, x + plan.tiles * plan.apart() + 8 * b, 8);
+            for (int i = 0; i < bands; i++) {
+                int64_t* sum = sums + b * stride + (at + i - begin) * EDGE;
+                const int32_t* lines = workspace->sums[i][b / plan.per_tile] + b % plan.per_tile * plan.per_row * 16;
+                for (int n = 0; n < EDGE; n++) {
+                    int64_t s = -OFFSET * total;
+                    for (int p = 0; p < plan.per_row; p++) s += lines[16 * p + n] * (int64_t{1} << 8 * p);
+                    sum[n] = s;
+                }
             }
+        }
     }
 }
 
 void product(const Matrix& m, const Activations& a, int64_t begin, int64_t end, int64_t* sums, int64_t stride) {
+    if (without_tiles(a)) return product_words(m, a, begin, end, sums, stride);
     if (!m.paired()) return rows_of<false, PERMUTE>(m, a, begin, end, sums, stride);
     if (m.w > 3) return rows_of<true, PERMUTE>(m, a, begin, end, sums, stride);
     rows_of<true, BROADCAST>(m, a, begin, end, sums, stride);
@@ -259,7 +239,7 @@ void leave() { _tile_release(); }
 
 const Tier& amx_tier() {
     static const Tier t{"amx", rotate, rotate_back, fixed_point, largest, codes, packed_bytes, pack, product,
-                        nothing, leave};
+                        leave};
     return t;
 }
 

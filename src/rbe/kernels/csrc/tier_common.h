@@ -113,25 +113,17 @@ float largest(const float* x, int64_t n) {
 }
 
 // 16-bit digits (batch, digits, cols): X = d1 2^16 + d0, or one digit for int8.
-inline size_t digits_bytes(const Matrix&, int64_t batch, int64_t cols, bool int8) {
-    return static_cast<size_t>(batch * cols * (int8 ? 1 : 2) * 2);
+inline size_t digits_bytes(const Matrix&, const Activations& a) {
+    return static_cast<size_t>(a.batch * a.cols * (a.int8 ? 1 : 2) * 2);
 }
 
-inline void pack_digits(const Matrix&, Activations& a) {
-    int16_t* out = static_cast<int16_t*>(a.packed);
-    for (int64_t b = 0; b < a.batch; b++) {
-        const int32_t* x = a.values + b * a.cols;
-        if (a.int8) {
-            for (int64_t j = 0; j < a.cols; j++) out[b * a.cols + j] = static_cast<int16_t>(x[j]);
-            continue;
-        }
-        int16_t *d1 = out + 2 * b * a.cols, *d0 = d1 + a.cols;
-        for (int64_t j = 0; j < a.cols; j++) {
-            const int32_t low = static_cast<int16_t>(x[j]);
-            d0[j] = static_cast<int16_t>(low);
-            d1[j] = static_cast<int16_t>((x[j] - low) >> 16);
-        }
+inline void pack_digits(const Matrix&, const Activations& a, int64_t b, const int32_t* x) {
+    int16_t* out = static_cast<int16_t*>(a.packed) + b * a.cols * (a.int8 ? 1 : 2);
+    if (!a.int8) {
+        for (int64_t j = 0; j < a.cols; j++) out[j] = static_cast<int16_t>((x[j] + 0x8000) >> 16);
+        out += a.cols;
     }
+    for (int64_t j = 0; j < a.cols; j++) out[j] = static_cast<int16_t>(x[j]);
 }
 
 inline void nothing() {}

@@ -56,7 +56,7 @@ void product(const Matrix& m, const Activations& a, int64_t begin, int64_t end, 
 
 const Tier& portable_tier() {
     static const Tier t{"portable",   rotate, rotate_back, fixed_point, largest, codes, digits_bytes,
-                        pack_digits, product, nothing,     nothing};
+                        pack_digits, product, nothing};
     return t;
 }
 

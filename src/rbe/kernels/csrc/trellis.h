@@ -34,12 +34,11 @@ struct Matrix {
     int start(int i) const { return (w * (i + 1) + 1) / 2 - window; }
 };
 
-// Activations of a call, prepared once: `batch` rows of integers, laid out as the tier likes.
+// Activations of a call: `batch` rows of integers, in the tier's own layout.
 struct Activations {
     int64_t batch, cols;  // cols padded to whole blocks
-    bool int8;            // one 8-bit digit a value, else two 16-bit digits
-    const int32_t* values;  // (batch, cols), padded with zeros
-    void* packed;           // tier's layout, `packed_bytes` long
+    bool int8;            // |X| <= 127, else |X| < 2^30
+    void* packed;         // `packed_bytes` long, 64-byte aligned
 };
 
 // A block with what its windows may touch around it: two ring bytes before, zeros after. For the ends of the buffer.
@@ -61,12 +60,12 @@ struct Tier {
     float (*largest)(const float* x, int64_t n);  // max |x|, infinite where an entry is not finite
     // Codes of one block in stream order, column by column: out[16 j + i].
     void (*codes)(const Matrix&, int64_t block_row, int64_t block_col, int16_t* out);
-    size_t (*packed_bytes)(const Matrix&, int64_t batch, int64_t cols, bool int8);
-    void (*pack)(const Matrix&, Activations&);
+    size_t (*packed_bytes)(const Matrix&, const Activations&);
+    // Lay out batch row b, whose values are padded with zeros to a multiple of 32.
+    void (*pack)(const Matrix&, const Activations&, int64_t b, const int32_t* values);
     // S for block rows [begin, end): sums[(i - begin) * 16 + r] of batch row b stands at b * stride.
     void (*product)(const Matrix&, const Activations&, int64_t begin, int64_t end, int64_t* sums, int64_t stride);
-    // Called by each thread around its share of the products.
-    void (*enter)();
+    // Called by each thread after its share of the products.
     void (*leave)();
 };
 
