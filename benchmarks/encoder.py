@@ -33,7 +33,8 @@ def row(W: torch.Tensor, bits: float, effort: str, threads: int, repeats: int) -
     gap = rate + 0.5 * math.log2(result.error)
     scalar = f"{LLOYD_MAX[bits]:.4f}" if bits in LLOYD_MAX else "-"
     speed = W.numel() / seconds / threads
-    return f"| {bits:g} | {effort} | {result.error:.5f} | {2 ** (-2 * rate):.5f} | {scalar} | {gap:.3f} | {speed / 1e3:,.0f} |"
+    errors = f"{result.error:.5f} | {2 ** (-2 * rate):.5f} | {scalar} | {gap:.3f}"
+    return f"| {bits:g} | {effort} | {errors} | {speed / 1e3:,.0f} |"
 
 
 def main() -> None:

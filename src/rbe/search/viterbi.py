@@ -30,8 +30,9 @@ SCALES: dict[int, tuple[float, ...]] = {
     12: (0.72, 0.87, 0.94, 0.985, 1.02, 1.04, 1.07, 1.10),
 }
 
-# Blocks on which a scale is tried, and the window of the trial: the best scale hardly depends on it.
-_TRIAL_BLOCKS = 64
+# Blocks on which a scale is tried (at least; a share of them all; at most), and the window of the trial: the best scale
+# hardly depends on it.
+_TRIAL_BLOCKS = (8, 1 / 16, 64)
 _TRIAL_WINDOW = 12
 # A sample of blocks is noisy: the table's scale stays unless another one is better by this factor.
 _TRIAL_GAIN = 0.99
@@ -243,7 +244,8 @@ def _sample(x: Tensor) -> tuple[Tensor, Tensor]:
     block = trellis.BLOCK
     across = -(-x.shape[1] // block)
     blocks = -(-x.shape[0] // block) * across
-    count = min(blocks, _TRIAL_BLOCKS)
+    least, share, most = _TRIAL_BLOCKS
+    count = min(blocks, max(least, min(most, round(share * blocks))))
     values, exists = torch.zeros(block, count * block), torch.zeros(block, count * block)
     for k in range(count):
         row, column = divmod((2 * k + 1) * blocks // (2 * count), across)

@@ -145,7 +145,10 @@ bool encode_matrix(const Encoding& work, const std::string& tier_name, const std
     const Tier& tier = find_tier(tier_name);
     const uint32_t states = 1u << work.window;
     Aligned even(sizeof(float) * states), odd(sizeof(float) * states);
-    const Trellis trellis{work.window, work.w, work.starts, work.reach, {even.as<float>(), odd.as<float>()}};
+    // Equal tables are one: half as much to keep in cache.
+    const bool same = work.w % 2 == 0 && work.multipliers[0] == work.multipliers[1];
+    const Trellis trellis{
+        work.window, work.w, work.starts, work.reach, {even.as<float>(), same ? even.as<float>() : odd.as<float>()}};
     for (uint32_t s = 0; s < states; s++) {
         even.as<float>()[tier.order(trellis, 0, s)] = float(code_of(s, work.multipliers[0]));
         odd.as<float>()[tier.order(trellis, 1, s)] = float(code_of(s, work.multipliers[1]));
