@@ -9,7 +9,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src"
 
 LAYERS = ["errors", "shards", "mixing", "disk", "rotation", "formats", "kernels", "matrix", "search", "nn", "optim"]
-LAYERS += ["metrics", "calibrate", "allocate", "compress", "source", "checkpoint", "convert", "profile"]
+LAYERS += ["metrics", "calibrate", "allocate", "source", "checkpoint", "compress", "convert", "profile"]
 LAYERS += ["evaluate", "sampling"]
 LEAVES = ["hf", "report", "model", "cli"]
 # Who may reach for a leaf, and only inside a function: the command line, and the whole-model verbs for the plug-in.

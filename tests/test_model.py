@@ -9,6 +9,7 @@ from test_compress import Language, seeded
 from torch import nn
 
 import rbe
+import rbe.hf
 from rbe import model as model_module
 from rbe.checkpoint import read_fingerprint
 from rbe.errors import CorruptFile, RbeError
@@ -134,6 +135,22 @@ def test_a_transformers_model_comes_back(gpt2: Path, tmp_path: Path) -> None:
     restored = copy.deepcopy(again)
     restored.dequantize()
     assert seeded(restored) == []
+
+
+def test_a_compressed_transformers_model_saves_by_itself(gpt2: Path, tmp_path: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
+    rbe.compress_(model, effort="fast")
+    model.save_pretrained(tmp_path / "seeds")
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "seeds", output_loading_info=True)
+    assert not any(info.values()) and torch.equal(again(INDEX).logits, model(INDEX).logits)
+    for restored in (model, again):
+        rbe.decompress_(restored).save_pretrained(tmp_path / "dense")
+        plain, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
+        assert not any(info.values()) and seeded(plain) == [] and not hasattr(plain.config, "quantization_config")
+        assert torch.allclose(plain(INDEX).logits, restored(INDEX).logits)
+        restored.float()
 
 
 def test_save_pretrained_alone_is_told_apart(gpt2: Path, tmp_path: Path) -> None:

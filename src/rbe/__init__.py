@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rbe import formats, kernels, nn
     from rbe.allocate import Plan
-    from rbe.compress import compress_
+    from rbe.compress import compress_, decompress_
     from rbe.errors import CorruptFile, RbeError
     from rbe.formats import SeedSpec
     from rbe.matrix import SeedMatrix
     from rbe.model import load, save
     from rbe.nn import set_activations
-    from rbe.nn.swap import decompress_
     from rbe.search import encode
 
 __version__ = "0.1.0"
@@ -43,7 +42,7 @@ __all__ = [
 
 _MODULES = ("formats", "hf", "kernels", "nn")
 _HOMES = {"Plan": "allocate", "SeedMatrix": "matrix", "SeedSpec": "formats", "encode": "search"}
-_HOMES |= {"CorruptFile": "errors", "RbeError": "errors", "decompress_": "nn.swap", "set_activations": "nn"}
+_HOMES |= {"CorruptFile": "errors", "RbeError": "errors", "decompress_": "compress", "set_activations": "nn"}
 _HOMES |= {"compress_": "compress", "load": "model", "save": "model"}
 
 

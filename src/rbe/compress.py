@@ -1,21 +1,24 @@
-"""`compress_`: a live torch model, its layers replaced by seed layers in place."""
+"""`compress_`: a live torch model, its layers replaced by seed layers in place; `decompress_`: the way back."""
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from rbe import search
 from rbe.allocate import Entry, Plan, make_plan
+from rbe.checkpoint import FORMAT_VERSION, METHOD
 from rbe.errors import RbeError
 from rbe.matrix import SeedMatrix
 from rbe.nn import Seeded, swap
+from rbe.search.viterbi import EFFORTS
 from rbe.shards import dtype_name
 
 
 def plan_model(
     model: nn.Module,
     bits: float = 2,
-    *,
+    effort: str = "balanced",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     embeddings_bits: float | None = None,
@@ -32,10 +35,12 @@ def plan_model(
         (plan, sites by the name of the tensor that becomes seeds).
 
     Raises:
-        RbeError: a rate is not offered, a pattern fits nothing, or the model holds seeds already.
+        RbeError: a rate or effort is not offered, a pattern fits nothing, or the model holds seeds already.
     """
     if any(isinstance(module, Seeded) for module in model.modules()):
         raise RbeError("compress: the model holds seeds already; decompress_ it first, or start from the dense model")
+    if effort not in EFFORTS:
+        raise RbeError(f"compress: effort {effort!r} is not offered; choose one of {', '.join(EFFORTS)}")
     sites = swap.find(model)
     tied = {f"{path}.weight": f"{site.module}.weight" for site in sites for path in site.names[1:]}
     tensors = {
@@ -47,6 +52,7 @@ def plan_model(
         {site.module: site for site in sites},
         bits=bits,
         embeddings_bits=embeddings_bits,
+        window=EFFORTS[effort].window,
         include=include,
         exclude=exclude,
         tied=tied,
@@ -72,6 +78,7 @@ def encode_entry(
         effort=effort,
         rotate="in" if entry.kind == "embedding" else True,
         row_scale=entry.row_scale,
+        window=entry.spec.window,
         threads=threads,
         progress=progress,
     )
@@ -111,7 +118,7 @@ def compress_(
         RbeError: a rate or pattern fits nothing, a weight is not finite, or the model holds seeds already. The model
             is then as it was: layers are exchanged only when every weight has been encoded.
     """
-    plan, sites = plan_model(model, bits, include=include, exclude=exclude, embeddings_bits=embeddings_bits)
+    plan, sites = plan_model(model, bits, effort, include, exclude, embeddings_bits)
     total = sum(entry.weights for entry in plan.seeded)
     done = 0
     encoded = []
@@ -122,4 +129,32 @@ def compress_(
         done += entry.weights
     for site, matrix in encoded:
         swap.replace(model, site, matrix)
+    if hasattr(getattr(model, "config", None), "architectures"):
+        # A transformers model: what `save_pretrained` writes must say how to read it.
+        about = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "bits": bits, "effort": effort}
+        model.config.quantization_config = {**about, "modules": swap.describe(model)}  # type: ignore[union-attr]
     return plan
+
+
+def decompress_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every seed layer, in place, by the ordinary dense layer that computes the same.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64))
+    >>> _ = compress_(model, effort="fast")
+    >>> type(decompress_(model)[0])
+    <class 'torch.nn.modules.linear.Linear'>
+
+    Args:
+        dtype: of the dense weights; by default each layer's own.
+
+    Returns:
+        the model.
+    """
+    swap.decompress_(model, dtype)
+    config = getattr(model, "config", None)
+    about = getattr(config, "quantization_config", None)
+    if isinstance(about, dict) and about.get("quant_method") == METHOD:
+        del config.quantization_config  # type: ignore[union-attr]
+    elif getattr(about, "quant_method", None) == METHOD:
+        model.hf_quantizer.remove_quantization_config(model)  # type: ignore[union-attr, operator]
+    return model

@@ -145,11 +145,7 @@ class RbeQuantizer(HfQuantizer):
             return
         config = self.quantization_config
         plan, sites = plan_model(
-            model,
-            config.bits,
-            include=config.include,
-            exclude=config.exclude,
-            embeddings_bits=config.embeddings_bits,
+            model, config.bits, config.effort, config.include, config.exclude, config.embeddings_bits
         )
         for entry in plan.seeded:
             site = sites[entry.name]
