@@ -98,6 +98,7 @@ def holding(folder: Path) -> Holding:
     Raises:
         RbeError: it is not a compressed folder, or damaged.
     """
+    require_seeds(folder)
     opened = checkpoint.open_tensors(folder)
     seeds = {
         name: name.rpartition(".")[2]
@@ -113,6 +114,16 @@ def holding(folder: Path) -> Holding:
     parts["headers"] = stored - sum(parts.values())
     rows = tuple(checkpoint.inspect(folder))
     return Holding(rows, {n: b for n, b in parts.items() if b}, stored, sum(row.weights for row in rows))
+
+
+def require_seeds(folder: Path) -> None:
+    """Tell a dense model folder, given by mistake, from a damaged compressed one.
+
+    Raises:
+        RbeError: it is a dense one.
+    """
+    if folder.is_file() or (trial.read_config(folder) and not trial.is_compressed(folder)):
+        raise RbeError(f"{folder} is not compressed (no rbe quantization_config); first: rbe compress {folder} DST")
 
 
 def _purpose(name: str) -> str:
@@ -180,6 +191,7 @@ def verify(folder: Path, source: Path | None, as_json: bool) -> None:
         RbeError: something is not as it was written.
     """
     trial.quiet()
+    require_seeds(folder)
     found = checkpoint.verify(folder, source, answers=trial.answers(folder))
     stored = checkpoint.read_fingerprint(folder) if found.ok else None
     asked = found.ok and stored is not None and trial.answers(folder) is not None
@@ -208,6 +220,7 @@ class Unsound(RbeError):
 def decompress(folder: Path, target: Path, as_json: bool) -> None:
     """`rbe decompress`."""
     trial.quiet()
+    require_seeds(folder)
     convert.decompress(folder, target)
     files = measure.files(target)
     if as_json:
@@ -287,8 +300,8 @@ def headline(found: fidelity.Fidelity) -> tuple[str, str]:
     """The one figure that says most about fidelity."""
     if found.perplexity is not None and found.reference_perplexity is not None:
         return f"{found.perplexity:.2f}", f"perplexity, dense {found.reference_perplexity:.2f}"
-    if found.similarity is not None:
-        return f"{found.similarity:.3f}", "rank correlation of similarities with dense"
+    if found.kind == "encoder" and found.agreement is not None:
+        return f"{100 * found.agreement:.0f} %", "same nearest text as dense"
     return f"{found.cosine:.3f}", "cosine with dense outputs"
 
 
@@ -351,7 +364,7 @@ def comparisons(found: fidelity.Fidelity, speeds: list[trial.Speed], name: str) 
                 "order of similarities (Spearman)",
                 "1",
                 f"{found.similarity:.4f}",
-                "of all pairs of texts; what search needs",
+                "over all pairs of texts",
             )
         )
     if found.perplexity is not None and found.reference_perplexity is not None:
@@ -367,7 +380,8 @@ def comparisons(found: fidelity.Fidelity, speeds: list[trial.Speed], name: str) 
     if found.kl is not None:
         lines.append(page.Comparison("KL divergence, nats", "0", f"{found.kl:.4f}", "from dense to seeds, mean"))
     if found.agreement is not None:
-        lines.append(page.Comparison("same first choice", "100 %", f"{100 * found.agreement:.1f} %", ""))
+        same = "same nearest text" if found.kind == "encoder" else "same first choice"
+        lines.append(page.Comparison(same, "100 %", f"{100 * found.agreement:.1f} %", ""))
     for s in speeds:
         faster = s.rate(name) / s.rate("dense")
         lines.append(
@@ -379,10 +393,7 @@ def comparisons(found: fidelity.Fidelity, speeds: list[trial.Speed], name: str) 
 
 
 def _load_seeds(folder: Path, activations: str = "float32") -> Any:
-    if not trial.is_compressed(folder):
-        raise RbeError(
-            f"{folder} does not hold seeds (its config.json has no rbe quantization_config); compress it first"
-        )
+    require_seeds(folder)
     return trial.load(folder, activations)
 
 
