@@ -1,5 +1,7 @@
 """The C++ search against a plain Viterbi in numpy, and its laws."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -162,6 +164,21 @@ def test_progress_counts_up_and_its_exception_stops_the_search() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         search(x, unit(8), 14, 8, progress=interrupt)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+def test_a_signal_stops_the_search() -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            search(gaussian(2048, 2048), unit(8), 14, 8)  # a minute, undisturbed
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_default_threads_follow_torch() -> None:

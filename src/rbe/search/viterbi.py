@@ -193,7 +193,7 @@ def _source(W: Tensor) -> tuple[Tensor, int]:
         raise RbeError(f"encode: the matrix is {W.dtype}; real floating-point weights are needed: convert it first")
     if W.is_meta:
         raise RbeError("encode: the matrix is on the meta device and holds no values; load the weights first")
-    x = W.detach().to("cpu", torch.float32, copy=True).contiguous()
+    x = W.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
     low, high = (v.item() for v in torch.aminmax(x))
     largest = max(-low, high)
     if not math.isfinite(largest):
