@@ -61,6 +61,14 @@ def test_a_shared_seed_layer_comes_back(tmp_path: Path) -> None:
     assert again[0] is again[2] and torch.equal(again(torch.ones(32)), model(torch.ones(32)))
 
 
+def test_dense_weights_stay_tied(tmp_path: Path) -> None:
+    model = Language()
+    rbe.compress_(model, effort="fast", exclude=["table"])
+    other = Language()
+    again = rbe.load(rbe.save(model, tmp_path / "out"), model=other)
+    assert again.head.weight is again.table.weight and torch.equal(again(INDEX), model(INDEX))
+
+
 def test_activations_are_a_load_option(small: nn.Module, tmp_path: Path) -> None:
     folder = rbe.save(small, tmp_path / "out")
     rough = rbe.load(folder, model=skeleton(), activations="int8")

@@ -56,6 +56,13 @@ def test_find_names_kinds_and_shapes() -> None:
     assert (found["body.2"].shape, found["body.2"].transposed) == ((32, 48), False)
 
 
+def test_the_table_owns_the_weight_wherever_the_head_stands() -> None:
+    table, head = nn.Embedding(50, 32), nn.Linear(32, 50)
+    head.weight = table.weight
+    (site,) = swap.find(nn.ModuleDict({"head": head, "table": table}))
+    assert (site.module, site.kind, site.shared) == ("table", "embedding", ("head",))
+
+
 def test_patterns() -> None:
     model = Language()
     kept = {site.module: site.reason for site in swap.find(model, include=["body.*"]) if site.kind == "keep"}
