@@ -204,70 +204,78 @@ void rotate_rows(float* x, int64_t batch, int64_t n, uint32_t seed, bool back, i
              [&](int64_t b) { (back ? t.rotate_back : t.rotate)(x + b * n, n, seed); });
 }
 
+namespace {
+// Calls use(block column, columns in it, codes) for every block of a block row.
+template <class F>
+void each_block(const Tier& t, const Matrix& m, int64_t block_row, const F& use) {
+    constexpr int64_t AT_ONCE = 32;
+    int16_t codes[AT_ONCE * EDGE * EDGE];
+    for (int64_t j = 0; j < m.block_cols; j++) {
+        if (j % AT_ONCE == 0) t.codes(m, block_row, j, std::min(AT_ONCE, m.block_cols - j), codes);
+        use(j, std::min<int64_t>(EDGE, m.cols - j * EDGE), codes + j % AT_ONCE * EDGE * EDGE);
+    }
+}
+
+// Scale and row scale of the rows of a block row.
+struct Factors {
+    float of[EDGE] = {};
+    Factors(const Matrix& m, int64_t block_row) {
+        for (int64_t r = 0; r < std::min<int64_t>(EDGE, m.rows - block_row * EDGE); r++)
+            of[r] = *m.scale * (m.row_scale ? half_to_float(m.row_scale[block_row * EDGE + r]) : 1.0f);
+    }
+};
+}  // namespace
+
 void decode_columns(const Matrix& m, int64_t begin, int64_t end, float* out, int threads) {
     const Tier& t = tier();
-    const int64_t width = end - begin;
-    parallel((width + EDGE - 1) / EDGE, threads, [&](int64_t band) {
-        const int64_t i = begin / EDGE + band, count = std::min<int64_t>(EDGE, width - band * EDGE);
-        float factor[EDGE];
-        for (int r = 0; r < EDGE; r++) {
-            factor[r] = *m.scale;
-            if (m.row_scale && r < count) factor[r] *= half_to_float(m.row_scale[i * EDGE + r]);
-        }
-        int16_t tile[256];
-        for (int64_t j = 0; j < m.block_cols; j++) {
-            t.codes(m, i, j, tile);
-            const int64_t columns = std::min<int64_t>(EDGE, m.cols - j * EDGE);
+    const int64_t width = end - begin, bands = (width + EDGE - 1) / EDGE;
+    // A few columns of blocks at a time, all block rows of them: what is being written stays in the second-level cache.
+    constexpr int64_t AT_ONCE = 8;
+    parallel((m.block_cols + AT_ONCE - 1) / AT_ONCE, threads, [&](int64_t k) {
+        int16_t codes[AT_ONCE * EDGE * EDGE];
+        const int64_t first = k * AT_ONCE, blocks = std::min(AT_ONCE, m.block_cols - first);
+        const int64_t columns = std::min(blocks * EDGE, m.cols - first * EDGE);
+        for (int64_t band = 0; band < bands; band++) {
+            const int64_t i = begin / EDGE + band, count = std::min<int64_t>(EDGE, width - band * EDGE);
+            const Factors factor(m, i);
+            t.codes(m, i, first, blocks, codes);
             for (int64_t c = 0; c < columns; c++) {
-                float* to = out + (j * EDGE + c) * width + band * EDGE;
+                float* to = out + (first * EDGE + c) * width + band * EDGE;
                 if (count == EDGE)
-                    for (int r = 0; r < EDGE; r++) to[r] = static_cast<float>(tile[EDGE * c + r]) * factor[r];
+                    for (int r = 0; r < EDGE; r++) to[r] = static_cast<float>(codes[EDGE * c + r]) * factor.of[r];
                 else
-                    for (int64_t r = 0; r < count; r++) to[r] = static_cast<float>(tile[EDGE * c + r]) * factor[r];
+                    for (int64_t r = 0; r < count; r++) to[r] = static_cast<float>(codes[EDGE * c + r]) * factor.of[r];
             }
         }
     });
 }
 
-namespace {
-// Row r of block row i, scaled, not rotated back.
-void one_row(const Tier& t, const Matrix& m, int64_t row, float* out) {
-    float factor = *m.scale;
-    if (m.row_scale) factor *= half_to_float(m.row_scale[row]);
-    int16_t tile[256];
-    for (int64_t j = 0; j < m.block_cols; j++) {
-        t.codes(m, row / EDGE, j, tile);
-        const int64_t columns = std::min<int64_t>(EDGE, m.cols - j * EDGE);
-        for (int64_t c = 0; c < columns; c++)
-            out[j * EDGE + c] = static_cast<float>(tile[EDGE * c + row % EDGE]) * factor;
-    }
-}
-}  // namespace
-
 void rows(const Matrix& m, const int64_t* index, int64_t count, float* out, int threads) {
     const Tier& t = tier();
-    parallel(count, count * m.block_cols < 512 ? 1 : threads, [&](int64_t k) {
-        one_row(t, m, index[k], out + k * m.cols);
-        t.rotate_back(out + k * m.cols, m.cols, m.rotation_in);
+    parallel(count, count * m.block_cols < ALONE ? 1 : threads, [&](int64_t k) {
+        const int64_t row = index[k];
+        const float factor = Factors(m, row / EDGE).of[row % EDGE];
+        float* to = out + k * m.cols;
+        each_block(t, m, row / EDGE, [&](int64_t j, int64_t columns, const int16_t* codes) {
+            for (int64_t c = 0; c < columns; c++)
+                to[j * EDGE + c] = static_cast<float>(codes[EDGE * c + row % EDGE]) * factor;
+        });
+        t.rotate_back(to, m.cols, m.rotation_in);
     });
 }
 
 void decode(const Matrix& m, float* out, int threads) {
     const Tier& t = tier();
     parallel(m.block_rows, threads, [&](int64_t i) {
-        const int64_t first = i * EDGE, count = std::min<int64_t>(EDGE, m.rows - first);
-        int16_t tile[256];
-        float factor[EDGE];
-        for (int64_t r = 0; r < count; r++)
-            factor[r] = *m.scale * (m.row_scale ? half_to_float(m.row_scale[first + r]) : 1.0f);
-        for (int64_t j = 0; j < m.block_cols; j++) {
-            t.codes(m, i, j, tile);
-            const int64_t columns = std::min<int64_t>(EDGE, m.cols - j * EDGE);
+        const int64_t count = std::min<int64_t>(EDGE, m.rows - i * EDGE);
+        const Factors factor(m, i);
+        float* band = out + i * EDGE * m.cols;
+        each_block(t, m, i, [&](int64_t j, int64_t columns, const int16_t* codes) {
             for (int64_t r = 0; r < count; r++)
                 for (int64_t c = 0; c < columns; c++)
-                    out[(first + r) * m.cols + j * EDGE + c] = static_cast<float>(tile[EDGE * c + r]) * factor[r];
-        }
-        for (int64_t r = 0; r < count; r++) t.rotate_back(out + (first + r) * m.cols, m.cols, m.rotation_in);
+                    band[r * m.cols + j * EDGE + c] = static_cast<float>(codes[EDGE * c + r]) * factor.of[r];
+        });
+        for (int64_t r = 0; r < count; r++) t.rotate_back(band + r * m.cols, m.cols, m.rotation_in);
     });
     if (m.rotation_out == 0) return;
     // The output rotation runs down the columns: panels of columns are turned, rotated and turned back.

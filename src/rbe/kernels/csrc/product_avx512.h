@@ -120,7 +120,7 @@ void block_row(const Matrix& m, const Generator& g, const int32_t* x, const Word
 
 template <bool PAIRED, Gather HOW, bool INT8>
 void block_rows(const Matrix& m, const Activations& a, int64_t begin, int64_t end, int64_t* sums, int64_t stride) {
-    const Generator g(m);
+    const Generator g = generator(m);
     const Words words(m, a.cols, INT8);
     for (int64_t i = begin; i < end; i++)
         for (int64_t b = 0; b < a.batch;) {

@@ -194,7 +194,7 @@ void panels(const Matrix& m, const Generator& g, const Plan& plan, const uint8_t
 
 template <bool PAIRED, Gather HOW>
 void rows_of(const Matrix& m, const Activations& a, int64_t begin, int64_t end, int64_t* sums, int64_t stride) {
-    const Generator g(m);
+    const Generator g = generator(m);
     const Plan plan(a);
     const uint8_t* x = static_cast<const uint8_t*>(a.packed);
     if (!workspace) workspace = std::make_unique<Workspace>();

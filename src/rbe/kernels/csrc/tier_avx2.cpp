@@ -62,6 +62,19 @@ struct Generator {
     }
 };
 
+// The constants of the matrix that this thread multiplied last: building them takes longer than a block.
+inline Generator generator(const Matrix& m) {
+    thread_local Matrix last{};
+    thread_local Generator constants{Matrix{nullptr, 1, 1, 1, 1, 4, 16, 0, 0, nullptr, nullptr, 0, 0}};
+    if (m.w != last.w || m.window != last.window || m.even != last.even || m.odd != last.odd) {
+        constants = Generator(m);
+        last = m;
+    }
+    return constants;
+}
+
+constexpr int AHEAD = 4096;  // bytes; the processor's own prefetcher gives up at every page
+
 // Where the reads of a block go: its first pair of columns needs the end of the ring before it, and the last blocks
 // must not be read past the end of the seeds.
 struct Reader {
@@ -72,6 +85,7 @@ struct Reader {
     void open(int64_t i, int64_t j, const uint8_t* (&columns)[EDGE / 2]) {
         const uint8_t* block = m.block(i, j);
         const int n = m.block_bytes();
+        for (int k = 0; k < n; k += 64) _mm_prefetch(reinterpret_cast<const char*>(block + AHEAD + k), _MM_HINT_T0);
         if (block + n + 32 > m.seeds + m.block_rows * m.block_cols * n) block = padded.fill(block, n);
         std::memcpy(head, block + n - 2, 2);
         std::memcpy(head + 2, block, 30);
@@ -81,22 +95,25 @@ struct Reader {
 };
 
 template <bool PAIRED>
-void codes_of(const Matrix& m, int64_t i, int64_t j, int16_t* out) {
-    const Generator g(m);
+void codes_of(const Matrix& m, int64_t i, int64_t first, int64_t count, int16_t* out) {
+    const Generator g = generator(m);
     Reader reader{m, {}, {}};
     const uint8_t* columns[EDGE / 2];
-    reader.open(i, j, columns);
-    for (int p = 0; p < EDGE / 2; p++)
-        for (int h = 0; h < 2; h++) {
-            alignas(32) int16_t both[16];
-            const __m256i code = _mm256_sub_epi16(g.byte_sums<PAIRED>(columns[p], h), _mm256_set1_epi16(OFFSET));
-            _mm256_store_si256(reinterpret_cast<__m256i*>(both), code);
-            for (int r = 0; r < 8; r++) out[32 * p + 8 * h + r] = both[2 * r], out[32 * p + 16 + 8 * h + r] = both[2 * r + 1];
-        }
+    for (int64_t j = first; j < first + count; j++, out += EDGE * EDGE) {
+        reader.open(i, j, columns);
+        for (int p = 0; p < EDGE / 2; p++)
+            for (int h = 0; h < 2; h++) {
+                alignas(32) int16_t both[16];
+                const __m256i code = _mm256_sub_epi16(g.byte_sums<PAIRED>(columns[p], h), _mm256_set1_epi16(OFFSET));
+                _mm256_store_si256(reinterpret_cast<__m256i*>(both), code);
+                int16_t* to = out + 32 * p + 8 * h;
+                for (int r = 0; r < 8; r++) to[r] = both[2 * r], to[r + 16] = both[2 * r + 1];
+            }
+    }
 }
 
-void codes(const Matrix& m, int64_t i, int64_t j, int16_t* out) {
-    m.paired() ? codes_of<true>(m, i, j, out) : codes_of<false>(m, i, j, out);
+void codes(const Matrix& m, int64_t i, int64_t first, int64_t count, int16_t* out) {
+    m.paired() ? codes_of<true>(m, i, first, count, out) : codes_of<false>(m, i, first, count, out);
 }
 
 // NB rows of x times one block row; accumulators of a chunk of columns, then 64-bit sums.
@@ -142,7 +159,7 @@ void block_row(const Matrix& m, const Generator& g, const int16_t* x, int64_t co
 
 template <bool PAIRED, int PLANES>
 void rows_of(const Matrix& m, const Activations& a, int64_t begin, int64_t end, int64_t* sums, int64_t stride) {
-    const Generator g(m);
+    const Generator g = generator(m);
     const int16_t* x = static_cast<const int16_t*>(a.packed);
     for (int64_t i = begin; i < end; i++)
         for (int64_t b = 0; b < a.batch;) {

@@ -13,18 +13,20 @@ inline int byte_sum(uint32_t v) {
     return static_cast<int>((v & 0xFFFFu) + (v >> 16));
 }
 
-void codes(const Matrix& m, int64_t block_row, int64_t block_col, int16_t* out) {
+void codes(const Matrix& m, int64_t block_row, int64_t first, int64_t count, int16_t* out) {
     Padded padded;
-    const uint8_t* ring = padded.fill(m.block(block_row, block_col), m.block_bytes());
     const uint32_t mask = (1u << m.window) - 1;
-    for (int i = 0; i < EDGE; i++) {
-        const int start = m.start(i) + 16, shift = start & 7;
-        const uint8_t* from = ring - 2 + (start >> 3);
-        const uint32_t multiplier = i & 1 ? m.odd : m.even;
-        for (int j = 0; j < EDGE; j++) {
-            uint32_t bits;
-            std::memcpy(&bits, from + j * m.w, 4);
-            out[EDGE * j + i] = static_cast<int16_t>(byte_sum(((bits >> shift) & mask) * multiplier) - OFFSET);
+    for (int64_t b = first; b < first + count; b++, out += EDGE * EDGE) {
+        const uint8_t* ring = padded.fill(m.block(block_row, b), m.block_bytes());
+        for (int i = 0; i < EDGE; i++) {
+            const int start = m.start(i) + 16, shift = start & 7;
+            const uint8_t* from = ring - 2 + (start >> 3);
+            const uint32_t multiplier = i & 1 ? m.odd : m.even;
+            for (int j = 0; j < EDGE; j++) {
+                uint32_t bits;
+                std::memcpy(&bits, from + j * m.w, 4);
+                out[EDGE * j + i] = static_cast<int16_t>(byte_sum(((bits >> shift) & mask) * multiplier) - OFFSET);
+            }
         }
     }
 }
@@ -35,7 +37,7 @@ void product(const Matrix& m, const Activations& a, int64_t begin, int64_t end, 
     for (int64_t i = begin; i < end; i++) {
         for (int64_t b = 0; b < a.batch; b++) std::fill_n(sums + b * stride + (i - begin) * EDGE, EDGE, int64_t{0});
         for (int64_t j = 0; j < m.block_cols; j++) {
-            codes(m, i, j, tile);
+            codes(m, i, j, 1, tile);
             for (int64_t b = 0; b < a.batch; b++) {
                 int64_t* sum = sums + b * stride + (i - begin) * EDGE;
                 const int planes = a.int8 ? 1 : 2;
