@@ -63,10 +63,19 @@ def t5() -> Any:
     return transformers.T5ForConditionalGeneration(config)
 
 
+def gemma() -> Any:
+    config = transformers.Gemma2Config(
+        vocab_size=96, hidden_size=40, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=40,
+    )  # fmt: skip
+    return transformers.Gemma2ForCausalLM(config)
+
+
 MODELS = {
     "gpt2": (gpt2, transformers.AutoModelForCausalLM),
     "llama": (llama, transformers.AutoModelForCausalLM),
     "llama-tied": (lambda: llama(tie_word_embeddings=True), transformers.AutoModelForCausalLM),
+    "gemma": (gemma, transformers.AutoModelForCausalLM),
     "bert": (bert, transformers.AutoModelForMaskedLM),
     "t5": (t5, transformers.AutoModelForSeq2SeqLM),
 }
@@ -267,6 +276,23 @@ def test_a_compressed_table_with_a_dense_head_of_its_own(tmp_path: Path) -> None
     assert clean(info)
     assert isinstance(again.lm_head, torch.nn.Linear) and torch.equal(again.lm_head.weight, head)
     assert isinstance(again.transformer.wte, rbe.nn.Embedding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_embeddings_multiply_as_before(dtype: torch.dtype) -> None:
+    from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
+
+    for kind in (BartScaledWordEmbedding, Gemma2TextScaledWordEmbedding):
+        model = torch.nn.Sequential(kind(96, 40, 0, 40**0.5)).to(dtype)
+        rbe.compress_(model, effort="fast")
+        assert isinstance(model[0], rbe.nn.Embedding)
+        rows = model(IDS)
+        assert torch.equal(rows, torch.nn.functional.embedding(IDS, model[0].weight) * model[0].multiplier) or (
+            dtype == torch.bfloat16 and kind is Gemma2TextScaledWordEmbedding
+        )
+        restored = rbe.decompress_(model)
+        assert type(restored[0]) is kind and torch.equal(restored.to(dtype)(IDS), rows)
 
 
 def test_load_chooses_the_class_and_the_activations(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """`Embedding`: a table whose rows are generated when they are looked up."""
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -68,6 +68,19 @@ class Embedding(Seeded):
         if padding_idx is not None and not -self.num_embeddings <= padding_idx < self.num_embeddings:
             raise RbeError(f"Embedding: padding_idx {padding_idx} is outside a table of {self.num_embeddings} rows")
         self.padding_idx = None if padding_idx is None else padding_idx % self.num_embeddings
+        self.multiplier: float | None = None
+        self.rounds_multiplier = False
+        self.dense_class: Any = None
+
+    def multiply_rows(self, multiplier: float, rounds: bool, dense_class: Any) -> None:
+        """Multiply every row that is looked up, but not `weight`, as the scaled embeddings of some models do.
+
+        Args:
+            multiplier: the factor.
+            rounds: round it to the rows' dtype first.
+            dense_class: the class to go back to, called with (rows, columns, padding_idx, multiplier).
+        """
+        self.multiplier, self.rounds_multiplier, self.dense_class = multiplier, rounds, dense_class
 
     @classmethod
     def from_spec(
@@ -112,7 +125,10 @@ class Embedding(Seeded):
         Raises:
             RbeError: an index is outside the table, or is not an integer.
         """
-        return self._ready().rows(index).to(self.weight_dtype)
+        rows = self._ready().rows(index).to(self.weight_dtype)
+        if self.multiplier is None:
+            return rows
+        return rows * (rows.new_tensor(self.multiplier) if self.rounds_multiplier else self.multiplier)
 
     def extra_repr(self) -> str:
         """Shapes and rate."""

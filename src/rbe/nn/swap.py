@@ -79,7 +79,19 @@ def _role(module: nn.Module) -> tuple[Kind, bool, str] | None:
         return "embedding", False, f"an Embedding with {', '.join(options)} changes its own table" if options else ""
     if name == "Conv1D":
         return "linear", True, ""
+    if _multiplier(module) is not None:
+        return "embedding", False, ""
     return "keep", False, f"{name} computes something of its own around the weight"
+
+
+def _multiplier(module: nn.Module) -> tuple[float, bool] | None:
+    """(factor, whether it is rounded to the rows' dtype) of transformers' scaled word embeddings, None for the rest."""
+    kind = type(module)
+    if not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("ScaledWordEmbedding")):
+        return None
+    rounds = isinstance(module.embed_scale, Tensor)
+    factor = getattr(module, "scalar_embed_scale" if rounds else "embed_scale", None)
+    return None if factor is None else (float(factor), rounds)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -228,6 +240,9 @@ def _like(old: nn.Module, spec: SeedSpec, row_scale: bool, transposed: bool, own
             new = Embedding.from_spec(spec, padding, row_scale=row_scale, device="meta", dtype=dtype)
         else:
             new = Embedding.tied(owner, padding)
+        scaled = _multiplier(old)
+        if scaled is not None:
+            new.multiply_rows(*scaled, type(old))
     else:
         if owner is None:
             new = Linear.from_spec(spec, False, row_scale=row_scale, transposed=transposed, device="meta", dtype=dtype)
@@ -314,7 +329,9 @@ def decompress_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 def _dense_layer(module: Seeded, weight: nn.Parameter, dtype: torch.dtype | None) -> nn.Module:
     rows, columns = module.spec.shape
     new: Any
-    if isinstance(module, Embedding):
+    if isinstance(module, Embedding) and module.dense_class is not None:
+        new = module.dense_class(rows, columns, module.padding_idx, module.multiplier)
+    elif isinstance(module, Embedding):
         new = nn.Embedding(rows, columns, module.padding_idx, _weight=weight.detach())
     elif module.transposed:
         from transformers.pytorch_utils import Conv1D  # only such a model has this layer
