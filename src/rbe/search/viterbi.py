@@ -25,9 +25,9 @@ CODE_RMS = 147.8
 # The code's deviation relative to the weights' that gives the smallest error on Gaussian weights, by window and w
 # (benchmarks/multipliers.py).
 SCALES: dict[int, tuple[float, ...]] = {
-    16: (0.72, 0.87, 0.94, 0.985, 1.02, 1.04, 1.07, 1.10),
-    14: (0.72, 0.87, 0.94, 0.985, 1.02, 1.04, 1.07, 1.10),
-    12: (0.72, 0.87, 0.94, 0.985, 1.02, 1.04, 1.07, 1.10),
+    16: (0.678, 0.877, 0.97, 0.992, 1.011, 1.076, 1.082, 1.117),
+    14: (0.679, 0.878, 0.971, 1.02, 1.047, 1.07, 1.097, 1.117),
+    12: (0.706, 0.877, 0.968, 1.025, 1.054, 1.083, 1.101, 1.125),
 }
 
 # Blocks on which a scale is tried (at least; a share of them all; at most), and the window of the trial: the best scale
@@ -49,20 +49,24 @@ class Effort:
 
     Attributes:
         window: bits of the trellis state.
-        starts: points of the ring from which it is closed; the best result is kept.
+        most_starts: points of the ring from which it is closed, at low rates; the best result is kept.
         memory: how many spans of a window an open pass walks on either side of that point to settle the state there.
     """
 
     window: int
-    starts: int
+    most_starts: int
     memory: float
+
+    def starts(self, w: int) -> int:
+        """Starting points; at high rates the ring forgets its start so soon that more of them find nothing."""
+        return max(1, min(self.most_starts, 16 // w))
 
     def reach(self, window: int, w: int) -> int:
         """Weights on either side of the starting point."""
         return math.ceil(min(trellis.WEIGHTS // 2, 2 * self.memory * window / w))
 
 
-EFFORTS = {"fast": Effort(12, 1, 8), "balanced": Effort(16, 1, 12), "best": Effort(16, 2, math.inf)}
+EFFORTS = {"fast": Effort(12, 1, 8), "balanced": Effort(16, 1, 12), "best": Effort(16, 4, math.inf)}
 
 
 @dataclass(frozen=True)
@@ -338,7 +342,7 @@ def encode_trellis(
         unit,
         spec.window,
         w,
-        starts=chosen.starts,
+        starts=chosen.starts(w),
         reach=chosen.reach(spec.window, w),
         row_energy=energies,
         threads=threads,
