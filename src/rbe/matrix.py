@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -40,8 +41,8 @@ class SeedMatrix:
         expected = (self.spec.blocks, definition.words(self.spec))
         if self.seeds.dtype != torch.int64 or tuple(self.seeds.shape) != expected:
             raise RbeError(
-                f"SeedMatrix: seeds are {self.seeds.dtype} {tuple(self.seeds.shape)}, but a {self.spec.shape} matrix in "
-                f"{self.spec.format} at {self.spec.bits:g} bits takes int64 {expected}"
+                f"SeedMatrix: seeds are {self.seeds.dtype} {tuple(self.seeds.shape)}, but a {self.spec.shape} matrix "
+                f"in {self.spec.format} at {self.spec.bits:g} bits takes int64 {expected}"
             )
         if self.scale.dtype != torch.float32 or self.scale.ndim != 0:
             raise RbeError(
@@ -125,6 +126,11 @@ class SeedMatrix:
         """Bits stored per weight of the unpadded matrix, scales and padding counted."""
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
 
+    @cached_property
+    def _ready(self) -> kernels.Prepared:
+        """Made on first use; the fields never change, and changes in place are seen."""
+        return kernels.prepare(self.spec, self.seeds, self.scale, self.row_scale)
+
     def decode(self) -> Tensor:
         """The dense matrix, float32 (rows, columns), rotations undone."""
         return kernels.decode(self.spec, self.seeds, self.scale, self.row_scale)
@@ -135,7 +141,7 @@ class SeedMatrix:
         Raises:
             RbeError: an index is out of range, or the output side is rotated so that no row stands alone.
         """
-        return kernels.rows(index, self.spec, self.seeds, self.scale, self.row_scale)
+        return self._ready.rows(index)
 
     def matmul(self, x: Tensor, activations: str = "float32") -> Tensor:
         """The product with x (..., columns): (..., rows) in x's dtype.
@@ -147,4 +153,4 @@ class SeedMatrix:
         Raises:
             RbeError: x has the wrong width or dtype.
         """
-        return kernels.seed_matmul(x, self.spec, self.seeds, self.scale, self.row_scale, activations)
+        return self._ready.matmul(x, activations)

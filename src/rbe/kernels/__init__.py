@@ -33,7 +33,8 @@ def decode(spec: SeedSpec, seeds: Tensor, scale: Tensor, row_scale: Tensor | Non
         RbeError: the tensors do not fit the specification.
     """
     _check_tensors(spec, seeds, scale, row_scale)
-    return ops.decode(seeds, scale, row_scale, *ops.numbers(spec))
+    w: Tensor = ops.decode(seeds, scale, row_scale, *ops.numbers(spec))
+    return w
 
 
 def seed_matmul(
@@ -94,6 +95,9 @@ class Prepared:
             self._native = cpu.native(spec, seeds, scale, row_scale)
             self._pointers = (seeds.data_ptr(), scale.data_ptr())
 
+    def __reduce__(self) -> tuple[type["Prepared"], tuple[Any, ...]]:
+        return Prepared, (self.spec, self.seeds, self.scale, self.row_scale)
+
     def fits(self, seeds: Tensor, scale: Tensor, row_scale: Tensor | None) -> bool:
         """Whether these are the very tensors, at the very addresses, that this was prepared from."""
         return (
@@ -117,7 +121,8 @@ class Prepared:
         # Straight to C++ where nothing but the numbers is wanted; the operation costs 15 us more a call.
         if not torch.compiler.is_compiling() and self._native is not None and _eager(x):
             return cpu.matmul(self._native, self.spec, x, activations == "int8")
-        return ops.seed_matmul(x, self.seeds, self.scale, self.row_scale, *ops.numbers(self.spec), activations)
+        y: Tensor = ops.seed_matmul(x, self.seeds, self.scale, self.row_scale, *ops.numbers(self.spec), activations)
+        return y
 
     def rows(self, index: Tensor) -> Tensor:
         """As the function `rows`."""
@@ -128,7 +133,8 @@ class Prepared:
         if not torch.compiler.is_compiling() and self._native is not None and _eager(index):
             ops.check_index(index, self.spec)
             return cpu.rows(self._native, self.spec, index.to(torch.int64))
-        return ops.rows(index, self.seeds, self.scale, self.row_scale, *ops.numbers(self.spec))
+        y: Tensor = ops.rows(index, self.seeds, self.scale, self.row_scale, *ops.numbers(self.spec))
+        return y
 
 
 def prepare(spec: SeedSpec, seeds: Tensor, scale: Tensor, row_scale: Tensor | None) -> Prepared:
@@ -159,7 +165,9 @@ def _check_tensors(spec: SeedSpec, seeds: Tensor, scale: Tensor, row_scale: Tens
 def _plain(x: Tensor) -> bool:
     """Whether x is an ordinary CPU tensor with memory of its own."""
     return (
-        type(x) in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and x.device.type == "cpu" and x.layout == torch.strided
+        type(x) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        and x.device.type == "cpu"
+        and x.layout == torch.strided
     )
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rbe import _cpu, formats
+import rbe._cpu as _cpu
+from rbe import formats
 from rbe.formats import SeedSpec, trellis
 from rbe.rotation import rotate, rotate_back
 

@@ -4,6 +4,7 @@ They are opaque on purpose. Compilers must not look inside: torch.compile folds 
 (design section 6), and a generated weight must never become a stored constant.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.kernels import cpu, reference
+
 
 def numbers(spec: SeedSpec) -> tuple[str, int, int, float, int, int, int, int, str | None]:
     """A specification as the plain arguments of the operations, in the order of their schemas."""
@@ -92,7 +94,9 @@ def rows(
 
 
 @rows.register_fake
-def _(index: Tensor, seeds: Tensor, scale: Tensor, row_scale: Tensor | None, format: str, rows: int, columns: int, *_: Any) -> Tensor:
+def _(
+    index: Tensor, seeds: Tensor, scale: Tensor, row_scale: Tensor | None, format: str, rows: int, columns: int, *_: Any
+) -> Tensor:
     return seeds.new_empty((*index.shape, columns), dtype=torch.float32)
 
 
@@ -183,11 +187,8 @@ seed_matmul_transposed.register_autograd(_backward_transposed, setup_context=_re
 
 def _flops(x: tuple[int, ...], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Two operations a weight and row of x, as for a dense product."""
-    rows, columns = args[4], args[5]
-    batch = 1
-    for n in x[:-1]:
-        batch *= n
-    return 2 * batch * rows * columns
+    rows, columns = int(args[4]), int(args[5])
+    return 2 * math.prod(x[:-1]) * rows * columns
 
 
 register_flop_formula([torch.ops.rbe.seed_matmul, torch.ops.rbe.seed_matmul_transposed])(_flops)
