@@ -1,7 +1,7 @@
 """A dense model to seeds and back: validated first, interrupted at any moment, visible only when complete."""
 
-from rbe.convert.encoding import EFFORTS, Encoded, Progress
+from rbe.convert.encoding import Encoded, Progress
 from rbe.convert.pipeline import Conversion, compress
 from rbe.convert.restore import decompress
 
-__all__ = ["EFFORTS", "Conversion", "Encoded", "Progress", "compress", "decompress"]
+__all__ = ["Conversion", "Encoded", "Progress", "compress", "decompress"]

@@ -15,8 +15,6 @@ from rbe.formats import SeedSpec
 from rbe.metrics import shannon_floor
 from rbe.shards import Stored
 
-EFFORTS = {"fast": 12, "balanced": 16, "best": 16}  # window of each effort
-
 
 @dataclass(frozen=True)
 class Progress:

@@ -12,9 +12,10 @@ from rbe import __version__, allocate, checkpoint, shards, source
 from rbe.allocate import Plan
 from rbe.convert import place
 from rbe.convert.assembly import ask, assemble
-from rbe.convert.encoding import EFFORTS, Encoded, Job, Progress, encode_all, estimate, summary
+from rbe.convert.encoding import Encoded, Job, Progress, encode_all, estimate, summary
 from rbe.convert.journal import Journal
 from rbe.errors import RbeError
+from rbe.search.viterbi import EFFORTS
 from rbe.source import Source
 
 
@@ -128,7 +129,7 @@ def compress(
         roles.modules,
         bits=bits,
         embeddings_bits=embeddings_bits,
-        window=EFFORTS[effort],
+        window=EFFORTS[effort].window,
         include=include,
         exclude=exclude,
         tied=roles.tied,
