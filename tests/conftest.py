@@ -4,6 +4,9 @@ import os
 import warnings
 from pathlib import Path
 
+# Two test processes share two cores: more threads than that make every tiny product wait for the others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
