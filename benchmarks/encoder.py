@@ -3,8 +3,8 @@
     python -m benchmarks.encoder [--size 1024] [--bits 1 2 3 4] [--efforts fast balanced best] [--threads N]
 
 Every row is checked: the reported error must be the error of the decoded matrix. Speed counts the whole call (rotation,
-scale search, search) in seconds of processor time, all threads together: weights per second and core, whatever else runs
-on the machine; the best of `--repeats`.
+scale search, search) in seconds of processor time, all threads together: weights per second and core, whatever else
+runs on the machine; the best of `--repeats`.
 """
 
 import argparse
