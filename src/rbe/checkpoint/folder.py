@@ -73,7 +73,8 @@ def strangers(path: Path) -> list[str]:
         CorruptFile: the index cannot be read.
     """
     about = read_index(path)["metadata"]["rbe"]
-    known = {CONFIG, INDEX, CARD, *about["files"], *about["copied"], *_LATER}
+    with _sensible(path / INDEX):
+        known = {CONFIG, INDEX, CARD, *about["files"], *about["copied"], *_LATER}
     return sorted(
         name
         for file in path.rglob("*")
