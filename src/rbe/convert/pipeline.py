@@ -164,7 +164,7 @@ def compress(
         return replace(outcome, seconds=estimate(jobs, workers))
     identity: dict[str, Any] = {"source": dense.fingerprint(), "plan": plan.to_json(), "settings": settings}
     identity |= {"version": __version__, "format": checkpoint.FORMAT_VERSION}
-    with place.disk_errors(dst, work):
+    with place.disk_errors(dst, work, resumes=True):
         work.mkdir(parents=True, exist_ok=True)
         with place.lock(work):
             place.put_back(dst)

@@ -105,17 +105,17 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def disk_errors(dst: Path, work: Path) -> Iterator[None]:
-    """Turn a full disk into a message; what is done stays in the work folder."""
+def disk_errors(dst: Path, work: Path, resumes: bool) -> Iterator[None]:
+    """Turn a full disk into a message; what a run that can go on has done stays in the work folder."""
     try:
         yield
     except OSError as cause:
         if cause.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        shutil.rmtree(work / "out", ignore_errors=True)
+        shutil.rmtree(work / "out" if resumes else work, ignore_errors=True)
+        kept = f"what is done is kept in {work}; " if resumes else "nothing was left behind; "
         raise RbeError(
-            f"the disk is full: {dst} could not be written. What is done is kept in {work}; free some space and run "
-            "the same command again"
+            f"the disk is full: {dst} could not be written; {kept}free some space and run the same command again"
         ) from cause
 
 

@@ -51,7 +51,7 @@ def decompress(
     if free < needed:
         raise RbeError(f"{given} needs {needed:,} bytes, and {free:,} are free in {out.parent}; free some")
     work = out.parent / f".{out.name}.rbe-dense"
-    with place.disk_errors(out, work):
+    with place.disk_errors(out, work, resumes=False):
         work.mkdir(parents=True, exist_ok=True)
         with place.lock(work):
             whole = work / "out"
