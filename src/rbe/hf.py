@@ -31,6 +31,7 @@ from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.mixing import fmix32
 from rbe.nn import Seeded, set_activations, swap
+from rbe.source import Names
 
 METHOD = checkpoint.METHOD
 FORMAT_VERSION = checkpoint.FORMAT_VERSION
@@ -211,39 +212,11 @@ def _stored_names(files: Sequence[str] | None) -> set[str]:
     return names
 
 
-class _Names:
-    """Module paths of a file, translated to the paths of the model that is loading it."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.prefix = str(getattr(model, "base_model_prefix", "") or "")
-        self.weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        self._renamings: list[Any] | None = None
-
-    def module(self, path: str) -> str | None:
-        """The model's path of a module of the file, or None where the model has no such layer."""
-        for name in (path, path.removeprefix(f"{self.prefix}."), f"{self.prefix}.{path}", self._renamed(path)):
-            if f"{name}.weight" in self.weights:
-                return name
-        return None
-
-    def _renamed(self, path: str) -> str:
-        """The path after the renamings that transformers applies to old checkpoints of this architecture."""
-        from transformers import conversion_mapping, core_model_loading
-
-        if self._renamings is None:
-            mapping = conversion_mapping.get_model_conversion_mapping(self.model) or []
-            self._renamings = [entry for entry in mapping if isinstance(entry, core_model_loading.WeightRenaming)]
-        state = dict.fromkeys(self.weights, True)
-        name, _ = core_model_loading.rename_source_key(f"{path}.weight", self._renamings, [], self.prefix, state)
-        return str(name).removesuffix(".weight")
-
-
 def _place(model: nn.Module, modules: dict[str, dict[str, Any]], stored: set[str]) -> None:
     """Put the file's seed layers, unfilled, into a model on the meta device."""
-    names = _Names(model)
-    entries = {path: entry for name, entry in modules.items() if (path := names.module(name)) is not None}
-    kept = {names.module(name.removesuffix(".weight")) for name in stored if name.endswith(".weight")}
+    names = Names(model)
+    entries = {path: entry for name, entry in modules.items() if (path := _path(names, name)) is not None}
+    kept = {_path(names, name.removesuffix(".weight")) for name in stored if name.endswith(".weight")}
     sites = {path: site for site in swap.find(model) for path in site.names}
     for path, entry in entries.items():
         site = sites.get(path)
@@ -259,6 +232,12 @@ def _place(model: nn.Module, modules: dict[str, dict[str, Any]], stored: set[str
             SeedSpec.from_json(entry["spec"]),
             bool(entry.get("row_scale", False)),
         )
+
+
+def _path(names: Names, module: str) -> str | None:
+    """The model's path of a module of the file, or None where this model has no such layer."""
+    path = names.module(f"{module}.weight")
+    return path if f"{path}.weight" in names.state else None
 
 
 def load(

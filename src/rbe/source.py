@@ -222,7 +222,7 @@ def _build(source: Source) -> Any:
 
 def _roles_in(source: Source, model: Any) -> Roles:
     sites = {path: site for site in swap.find(model) for path in site.names}
-    names = _Names(model)
+    names = Names(model)
     modules: dict[str, Site] = {}
     tied: dict[str, str] = {}
     holders: dict[tuple[str, ...], str] = {}
@@ -252,7 +252,7 @@ def _same(a: Stored, b: Stored) -> bool:
     return all(x == y for x, y in zip(a.chunks(), b.chunks(), strict=True))
 
 
-class _Names:
+class Names:
     """Names in a file, translated to the names in the model that the file is of."""
 
     def __init__(self, model: Any) -> None:
