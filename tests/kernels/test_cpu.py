@@ -144,6 +144,23 @@ def test_the_number_of_threads_changes_nothing(activations: str) -> None:
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_child_can_multiply() -> None:
+    program = """
+import os, signal, torch
+from rbe.matrix import SeedMatrix
+torch.set_num_threads(2)
+m = SeedMatrix.from_seeds(torch.zeros(1024, 8, dtype=torch.int64), (512, 512), "trellis")
+before = m.matmul(torch.ones(4, 512))
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os._exit(0 if torch.equal(m.matmul(torch.ones(4, 512)), before) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
 def test_row_scale_multiplies_rows(tier: str) -> None:
     spec = SeedSpec("trellis", (70, 40), bits=2, rotation=(0, 5))
     seeds, x = random_seeds(spec), random_x(2, 40)

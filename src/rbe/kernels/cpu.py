@@ -16,7 +16,7 @@ from rbe.rotation import rotate, rotate_back
 
 # Rows of x up to which the fused product is at least as fast as decoding a band and calling the platform's GEMM
 # (benchmarks/crossover.py). Integer activations are always fused: their sums are exact, whatever the tier.
-FUSED_ROWS = {"portable": 16, "avx2": 16, "avx512": 16, "amx": 1 << 30}
+FUSED_ROWS = {"portable": 8, "avx2": 8, "avx512": 48, "amx": 1 << 30}
 # Numbers of the one tile buffer of the many-rows path: 4 MB, inside the second-level caches of two cores.
 TILE = 1 << 20
 

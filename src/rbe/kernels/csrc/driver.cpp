@@ -7,8 +7,8 @@
 #include <memory>
 #include <string_view>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
 #endif
 
 #include "trellis.h"
@@ -49,11 +49,19 @@ std::atomic<const Tier*> current{nullptr};
 
 // OpenMP and not a pool of our own: torch runs the same runtime in the process, and two pools that spin on the same
 // cores cost each other whole time slices. Work is handed out in small pieces because the cores may be shared.
+#ifdef _OPENMP
+// The OpenMP runtime's threads do not survive a fork, and waiting for them would never end.
+std::atomic<bool> in_child{false};
+#if defined(__unix__) || defined(__APPLE__)
+[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { in_child = true; });
+#endif
+#endif
+
 template <class F>
 void parallel(int64_t pieces, int threads, const F& work) {
     threads = static_cast<int>(std::min<int64_t>(threads, pieces));
 #ifdef _OPENMP
-    if (threads > 1) {
+    if (threads > 1 && !in_child) {
         std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(threads)
         for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) work(k);
