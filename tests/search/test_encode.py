@@ -133,8 +133,8 @@ def test_rows_too_small_for_their_scale_become_zero() -> None:
     assert result.error < 0.1
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_dtypes_are_encoded_by_value(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_dtype_is_encoded_by_value_and_left_alone(dtype: torch.dtype) -> None:
     W = gaussian(20, 30).to(dtype)
     before = W.clone()
     a, b = encode(W, effort="fast"), encode(W.float(), effort="fast")
