@@ -115,7 +115,7 @@ def table(title: str, columns: Sequence[str], rows: Iterator[Sequence[str]] | li
     print(flush=True)
 
 
-def minilm(quick: bool) -> None:
+def minilm(quick: bool, rates: Sequence[float]) -> None:
     """All-MiniLM-L6-v2 on STS-B dev."""
     import importlib.util
 
@@ -142,7 +142,7 @@ def minilm(quick: bool) -> None:
 
     base = store("dense quality", lambda: quality(dense))
     rows = []
-    for bits in RATES:
+    for bits in rates:
         folder, tag = compressed("minilm", source, bits, None, effort)
         stored, count = profile.files(folder).weights, weights_of(folder)
         exact = store(f"{tag} quality", lambda f=folder: quality(trial.load(f)))
@@ -214,7 +214,7 @@ def speeds(folder: Path, dense: torch.nn.Module, tokenizer: Any) -> dict[str, di
     return {s.work: {n: s.rate(n) for n in models} for s in trial.speed(models, tokenizer, repeats=11, seconds=12)}
 
 
-def gpt(quick: bool) -> None:
+def gpt(quick: bool, rates: Sequence[float]) -> None:
     """A small GPT-2 style language model on WikiText-2 test."""
     source = MODELS / "wikitext2-gpt"
     file = DATA / "wikitext2" / "test.txt"
@@ -231,7 +231,7 @@ def gpt(quick: bool) -> None:
     base = store("dense quality", lambda: quality(dense))
     rows = [["dense", "", f"{profile.files(source).weights:,}", "1", "0", f"{base:.2f}", "", ""]]
     works: list[str] = []
-    for bits in RATES:
+    for bits in rates:
         for embeddings in (None, 4.0):
             if bits == 4.0 and embeddings is not None:
                 continue
@@ -280,6 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="minilm|gpt", help="default: both")
     parser.add_argument("--quick", action="store_true", help="parts of the data, the fast encoder")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="bits a weight")
     asked = parser.parse_args()
     known = {"minilm": minilm, "gpt": gpt}
     if unknown := set(asked.models) - set(known):
@@ -289,7 +290,7 @@ def main() -> None:
     print(f"{told['processor']}, {told['threads']} threads, kernels: {told['kernels']}, torch {told['torch']}")
     try:
         for name in asked.models or known:
-            known[name](asked.quick)
+            known[name](asked.quick, asked.rates)
     except RbeError as wrong:
         sys.exit(f"benchmarks.models: {wrong}")
 

@@ -32,11 +32,13 @@ def source() -> Path:
 
 def compressed(dense: Path, folder: Path, bits: float, effort: str) -> None:
     """Compress, unless the folder holds the same already and is sound."""
-    if checkpoint.is_ours(folder):
-        made = checkpoint.read_config(folder)["quantization_config"]
+    try:
+        made = checkpoint.read_config(folder)["quantization_config"] if folder.exists() else {}
         if (made.get("bits"), made.get("effort")) == (bits, effort) and checkpoint.verify(folder).ok:
             show.line(f"{folder} is there already and sound; remove it to compress again")
             return
+    except RbeError as wrong:  # damaged, or of an older format: made anew
+        show.line(f"{wrong}; compressing again")
     work.compress(dense, folder, as_json=False, dry_run=False, bits=bits, effort=effort)
 
 

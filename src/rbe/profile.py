@@ -194,7 +194,7 @@ print(json.dumps({"start": start, "loaded": loaded, "peak": status("VmHWM")}))
 def memory(imports: str, setup: str, statement: str, arguments: Mapping[str, Any], timeout: float = 600.0) -> Memory:
     """Peak resident memory of code in a fresh process, so that two models do not see each other's leftovers.
 
-    >>> found = memory("", "x = bytearray(1 << 26)", "y = bytes(x)", {})
+    >>> found = memory("", "x = bytearray(1 << 26)", "len(bytes(x))", {})
     >>> found.peak - found.start >= 1 << 27
     True
 
