@@ -89,11 +89,11 @@ class Prepared:
     def __init__(self, spec: SeedSpec, seeds: Tensor, scale: Tensor, row_scale: Tensor | None) -> None:
         self.spec, self.seeds, self.scale, self.row_scale = spec, seeds, scale, row_scale
         self._native: Any = None
-        self._pointers = (0, 0)
+        self._pointers: tuple[int, ...] = ()
         tensors = [seeds, scale] if row_scale is None else [seeds, scale, row_scale]
         if not torch.compiler.is_compiling() and all(_plain(t) and t.is_contiguous() for t in tensors):
             self._native = cpu.native(spec, seeds, scale, row_scale)
-            self._pointers = (seeds.data_ptr(), scale.data_ptr())
+            self._pointers = _addresses(seeds, scale, row_scale)
 
     def __reduce__(self) -> tuple[type["Prepared"], tuple[Any, ...]]:
         return Prepared, (self.spec, self.seeds, self.scale, self.row_scale)
@@ -104,7 +104,7 @@ class Prepared:
             seeds is self.seeds
             and scale is self.scale
             and row_scale is self.row_scale
-            and (self._native is None or self._pointers == (seeds.data_ptr(), scale.data_ptr()))
+            and (self._native is None or self._pointers == _addresses(seeds, scale, row_scale))
         )
 
     def matmul(self, x: Tensor, activations: str = "float32") -> Tensor:
@@ -160,6 +160,12 @@ def _check_tensors(spec: SeedSpec, seeds: Tensor, scale: Tensor, row_scale: Tens
         raise RbeError(
             f"kernels: row_scale is {row_scale.dtype} {tuple(row_scale.shape)}; it must be float16 ({spec.shape[0]},)"
         )
+
+
+def _addresses(seeds: Tensor, scale: Tensor, row_scale: Tensor | None) -> tuple[int, ...]:
+    if row_scale is None:
+        return seeds.data_ptr(), scale.data_ptr()
+    return seeds.data_ptr(), scale.data_ptr(), row_scale.data_ptr()
 
 
 def _plain(x: Tensor) -> bool:

@@ -2,8 +2,8 @@
 // Included inside an anonymous namespace by each tier, after <cmath> and trellis.h.
 #pragma once
 
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
-typedef int32_t IntLanes __attribute__((vector_size(64), aligned(4)));
+typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t IntLanes __attribute__((vector_size(64), aligned(4), may_alias));
 
 inline uint32_t sign_bit(uint32_t k, uint32_t seed) {
     uint32_t h = k ^ seed;
