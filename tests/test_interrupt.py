@@ -214,3 +214,21 @@ def test_a_journal_keeps_what_it_was_given(tmp_path):
     other = Journal(tmp_path, "two")
     assert not other.done and "started anew" in other.remark
     assert json.loads((tmp_path / "journal.jsonl").read_text())["fingerprint"] == "two"
+
+
+def test_a_line_cut_by_a_kill_does_not_spoil_the_next_one(tmp_path):
+    Journal(tmp_path, "one").add("a", 0, {"seeds": torch.arange(4)}, {})
+    with (tmp_path / "journal.jsonl").open("ab") as file:
+        file.write(b'{"name":"b"')
+    Journal(tmp_path, "one").add("c", 2, {"seeds": torch.arange(5)}, {})
+    assert set(Journal(tmp_path, "one").done) == {"a", "c"}
+
+
+def test_a_result_moved_aside_by_a_killed_run_comes_back_at_once(expected, tmp_path):
+    src, _ = expected
+    compress(src, tmp_path / "seeds", bits=4)
+    old = content(tmp_path / "seeds")
+    (tmp_path / "seeds").rename(tmp_path / ".seeds.rbe-old")
+    with pytest.raises(Killed):
+        compress(src, tmp_path / "seeds", progress=stop_after(0))
+    assert content(tmp_path / "seeds") == old
