@@ -181,10 +181,12 @@ void multiply(const Tier& t, const Matrix& m, Activations a, const float* x, flo
                 float* to = y + b * m.rows + first;
                 const int64_t* s = sums + b * stride;
                 const double unit = units[static_cast<size_t>(b)];
-                for (int64_t r = 0; r < count; r++) {
-                    const double v = static_cast<double>(s[r]) * unit;
-                    to[r] = static_cast<float>(m.row_scale ? v * half_to_float(m.row_scale[first + r]) : v);
+                if (!m.row_scale) {
+                    t.finish(s, count, unit, to);
+                    continue;
                 }
+                for (int64_t r = 0; r < count; r++)
+                    to[r] = static_cast<float>(static_cast<double>(s[r]) * unit * half_to_float(m.row_scale[first + r]));
             }
         }
         t.leave();

@@ -216,10 +216,13 @@ void rows_of(const Matrix& m, const Activations& a, int64_t begin, int64_t end, 
             for (int i = 0; i < bands; i++) {
                 int64_t* sum = sums + b * stride + (at + i - begin) * EDGE;
                 const int32_t* lines = workspace->sums[i][b / plan.per_tile] + b % plan.per_tile * plan.per_row * 16;
-                for (int n = 0; n < EDGE; n++) {
-                    int64_t s = -OFFSET * total;
-                    for (int p = 0; p < plan.per_row; p++) s += lines[16 * p + n] * (int64_t{1} << 8 * p);
-                    sum[n] = s;
+                for (int h = 0; h < 2; h++) {
+                    __m512i s = _mm512_setzero_si512();
+                    for (int p = plan.per_row - 1; p >= 0; p--) {
+                        const __m256i line = _mm256_load_si256(reinterpret_cast<const __m256i*>(lines + 16 * p + 8 * h));
+                        s = _mm512_add_epi64(_mm512_slli_epi64(s, 8), _mm512_cvtepi32_epi64(line));
+                    }
+                    _mm512_storeu_si512(sum + 8 * h, _mm512_add_epi64(s, _mm512_set1_epi64(-OFFSET * total)));
                 }
             }
         }
@@ -238,7 +241,7 @@ void leave() { _tile_release(); }
 }  // namespace
 
 const Tier& amx_tier() {
-    static const Tier t{"amx", rotate, rotate_back, fixed_point, largest, codes, packed_bytes, pack, product,
+    static const Tier t{"amx", rotate, rotate_back, fixed_point, largest, finish, codes, packed_bytes, pack, product,
                         leave};
     return t;
 }

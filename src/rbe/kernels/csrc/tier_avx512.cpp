@@ -15,7 +15,7 @@ namespace {
 }  // namespace
 
 const Tier& avx512_tier() {
-    static const Tier t{"avx512", rotate, rotate_back, fixed_point, largest, codes, words_bytes, pack_words,
+    static const Tier t{"avx512", rotate, rotate_back, fixed_point, largest, finish, codes, words_bytes, pack_words,
                         product_words, nothing};
     return t;
 }

@@ -112,6 +112,11 @@ float largest(const float* x, int64_t n) {
     return out;
 }
 
+// The final formula, the same everywhere.
+void finish(const int64_t* sums, int64_t n, double unit, float* out) {
+    for (int64_t k = 0; k < n; k++) out[k] = static_cast<float>(static_cast<double>(sums[k]) * unit);
+}
+
 // 16-bit digits (batch, digits, cols): X = d1 2^16 + d0, or one digit for int8.
 inline size_t digits_bytes(const Matrix&, const Activations& a) {
     return static_cast<size_t>(a.batch * a.cols * (a.int8 ? 1 : 2) * 2);

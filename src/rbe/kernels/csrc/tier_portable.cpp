@@ -57,7 +57,7 @@ void product(const Matrix& m, const Activations& a, int64_t begin, int64_t end, 
 }  // namespace
 
 const Tier& portable_tier() {
-    static const Tier t{"portable",   rotate, rotate_back, fixed_point, largest, codes, digits_bytes,
+    static const Tier t{"portable",   rotate, rotate_back, fixed_point, largest, finish, codes, digits_bytes,
                         pack_digits, product, nothing};
     return t;
 }

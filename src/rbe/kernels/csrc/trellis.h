@@ -58,6 +58,7 @@ struct Tier {
     void (*rotate_back)(float* x, int64_t n, uint32_t seed);
     void (*fixed_point)(const float* x, int64_t n, float factor, float factor2, int32_t* out);
     float (*largest)(const float* x, int64_t n);  // max |x|, infinite where an entry is not finite
+    void (*finish)(const int64_t* sums, int64_t n, double unit, float* out);  // out = S * unit
     // Codes of `count` neighbouring blocks of a block row, each in stream order, column by column: out[16 j + i].
     void (*codes)(const Matrix&, int64_t block_row, int64_t first, int64_t count, int16_t* out);
     size_t (*packed_bytes)(const Matrix&, const Activations&);
