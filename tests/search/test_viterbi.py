@@ -171,11 +171,13 @@ def test_a_signal_stops_the_search() -> None:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
+    seen: list[int] = []
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(KeyboardInterrupt):
-            search(gaussian(2048, 2048), unit(8), 14, 8)  # a minute, undisturbed
+            search(gaussian(1024, 2048), unit(8), 14, 8, progress=seen.append)  # many seconds, undisturbed
+        assert max(seen, default=0) < 64 * 128 / 2
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
