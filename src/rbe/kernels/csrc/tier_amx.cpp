@@ -50,28 +50,38 @@ size_t packed_bytes(const Matrix& m, const Activations& a) {
     return static_cast<size_t>(plan.tiles * plan.apart() + 8 * a.batch);
 }
 
+// Which byte of 32 values goes where in tile row p: their digits p and p - 1, nothing where there is no such digit.
+struct Spread {
+    __m512i index[5];
+    __mmask64 used[5] = {};
+    explicit Spread(int digits) {
+        for (int p = 0; p <= digits; p++) {
+            alignas(64) uint8_t from[64];
+            for (int k = 0; k < 64; k++) {
+                const int digit = p - k % 2;
+                from[k] = static_cast<uint8_t>(k / 2 * 4 + (digit & 3));
+                used[p] |= __mmask64{digit >= 0 && digit < digits} << k;
+            }
+            index[p] = _mm512_load_si512(from);
+        }
+    }
+};
+
 void pack(const Matrix& m, const Activations& a, int64_t b, const int32_t* x) {
     if (without_tiles(a)) return pack_words(m, a, b, x);
+    static const Spread wide(4), narrow(1);
+    const Spread& spread = a.int8 ? narrow : wide;
     const Plan plan(a);
     uint8_t* out = static_cast<uint8_t*>(a.packed) + b / plan.per_tile * plan.apart() + b % plan.per_tile * plan.per_row * 64;
-    alignas(64) uint8_t from[64];
     // Adding and flipping 0x80 in every byte turns a number into signed digits of base 256.
     const __m512i bias = _mm512_set1_epi32(static_cast<int32_t>(0x80808080u));
-    for (int p = 0; p < plan.per_row; p++) {
-        __mmask64 used = 0;
-        for (int k = 0; k < 64; k++) {
-            const int digit = p - k % 2;
-            from[k] = static_cast<uint8_t>(k / 2 * 4 + (digit & 3));
-            used |= __mmask64{digit >= 0 && digit < plan.digits} << k;
-        }
-        const __m512i index = _mm512_load_si512(from);
-        for (int64_t s = 0; s < plan.steps; s++) {
-            __m512i v[2];
-            for (int h = 0; h < 2; h++)
-                v[h] = _mm512_xor_si512(_mm512_add_epi32(_mm512_loadu_si512(x + STEP * s + 16 * h), bias), bias);
+    for (int64_t s = 0; s < plan.steps; s++) {
+        __m512i v[2];
+        for (int h = 0; h < 2; h++)
+            v[h] = _mm512_xor_si512(_mm512_add_epi32(_mm512_loadu_si512(x + STEP * s + 16 * h), bias), bias);
+        for (int p = 0; p < plan.per_row; p++)
             _mm512_storeu_si512(out + s * plan.tile_bytes() + 64 * p,
-                                _mm512_maskz_permutex2var_epi8(used, v[0], index, v[1]));
-        }
+                                _mm512_maskz_permutex2var_epi8(spread.used[p], v[0], spread.index[p], v[1]));
     }
     int64_t sum = 0;
     for (int64_t j = 0; j < a.cols; j++) sum += x[j];
