@@ -337,9 +337,10 @@ def test_an_interrupt_keeps_the_work_and_the_same_command_goes_on(tmp_path: Path
         assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
 
 
-def test_a_closed_pipe_is_no_drama(small: Path) -> None:
+@pytest.mark.parametrize("option", ["--all", "--json"])
+def test_a_closed_pipe_is_no_drama(small: Path, option: str) -> None:
     run = subprocess.Popen(
-        [*RBE, "inspect", str(small), "--all"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*RBE, "inspect", str(small), option], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert run.stdout is not None and run.stderr is not None
     run.stdout.close()
