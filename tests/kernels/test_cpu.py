@@ -67,6 +67,17 @@ def test_products_of_integers_are_exact(tier: str, w: int, window: int, monkeypa
         assert torch.equal(kernels.seed_matmul(x, spec, seeds, ONE, None, "int8").double(), x.double() @ codes.T)
 
 
+@pytest.mark.parametrize("w", [3, 4])
+def test_long_sums_do_not_overflow(tier: str, w: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cpu.FUSED_ROWS, tier, 1 << 30)
+    spec = SeedSpec("trellis", (17, 40000), bits=w / 2)  # the sums of bytes alone pass 2^31
+    seeds = random_seeds(spec, w)
+    exact = 127 * reference.decode(spec, seeds, ONE, None, torch.float64).sum(1)
+    for batch in (1, 5):
+        y = kernels.seed_matmul(torch.full((batch, 40000), 127.0), spec, seeds, ONE, None, "int8")
+        assert torch.equal(y, exact.float().expand(batch, -1))
+
+
 @pytest.mark.parametrize("shape", [(1, 100), (100, 1), (17, 33), (384, 384), (100, 300), (48, 2100)])
 @pytest.mark.parametrize("activations", ["float32", "int8"])
 def test_tiers_agree_bit_for_bit(shape: tuple[int, int], activations: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,10 +165,11 @@ void multiply(const Tier& t, const Matrix& m, Activations a, const float* x, flo
         units[static_cast<size_t>(b)] = to_fixed(t, row, m.cols, a.int8, values) * *m.scale;
         t.pack(m, a, b, values);
     });
-    // Bands of a few block rows: large enough to hide the hand-out, small enough to share two unequal cores evenly.
+    // Bands of a few block rows: large enough to hide the hand-out, small enough to share two unequal cores evenly. An even
+    // number of them, because the tiers take two at a time.
     const int64_t work = m.block_rows * m.block_cols * (batch + 3) / 4;
     threads = work < ALONE ? 1 : threads;
-    const int64_t band = std::clamp<int64_t>(m.block_rows / ((batch > 8 ? 2 : 8) * threads), 1, 8);
+    const int64_t band = std::clamp<int64_t>(m.block_rows / ((batch > 8 ? 4 : 16) * threads) * 2, 2, 8);
     const int64_t bands = (m.block_rows + band - 1) / band;
     std::atomic<int64_t> next{0};
     parallel(threads, threads, [&](int64_t) {

@@ -20,11 +20,11 @@ enum Gather {
 // ones the last two, and lanes 2 k and 2 k + 1 have rows 2 k and 2 k + 1 of the eight.
 
 struct Generator {
-    __m512i index, control, direct, quarters, halved, low, high, mask;
+    __m512i index, control, direct, halved, low, high, mask;
     int w;
 
     explicit Generator(const Matrix& m) : w(m.w) {
-        alignas(64) uint8_t from[64], shift[64], straight[64], four[64], eight[64];
+        alignas(64) uint8_t from[64], shift[64], straight[64], eight[64];
         for (int q = 0; q < 8; q++)
             for (int c = 0; c < 2; c++) {
                 // Bits count from two bytes before the first column; a 4-byte group serves both rows of the lane pair.
@@ -40,10 +40,8 @@ struct Generator {
         for (int k = 0; k < 64; k++) {
             const int row = k / 16 * 2 + k % 8 / 4, column = k % 4 / 2;
             eight[k] = static_cast<uint8_t>((8 * m.w * column + m.start(row) + 16 + 8 * (k % 2)) & 63);
-            four[k] = static_cast<uint8_t>(k % 16);
         }
         index = _mm512_load_si512(from);
-        quarters = _mm512_load_si512(four);
         halved = _mm512_load_si512(eight);
         control = _mm512_load_si512(shift);
         direct = _mm512_load_si512(straight);
@@ -63,7 +61,7 @@ struct Generator {
     }
 
     template <bool PAIRED>
-    void multiply(__m512i windows, __m512i& lo, __m512i& hi) const {
+    [[gnu::always_inline]] void multiply(__m512i windows, __m512i& lo, __m512i& hi) const {
         if (!PAIRED) windows = _mm512_and_si512(windows, mask);
         lo = _mm512_mullo_epi16(windows, low);
         hi = _mm512_add_epi16(_mm512_mulhi_epu16(windows, low), PAIRED ? lo : _mm512_mullo_epi16(windows, high));
@@ -71,13 +69,16 @@ struct Generator {
 
     // Columns 2 pair and 2 pair + 1 of a block; or its vector `pair`, if halved.
     template <bool PAIRED, Gather HOW>
-    void products(const uint8_t* block, int pair, __m512i& lo, __m512i& hi) const {
+    [[gnu::always_inline]] void products(const uint8_t* block, int pair, __m512i& lo, __m512i& hi) const {
         __m512i windows;
         if (HOW == HALVED) {
             const uint8_t* at = block + 16 * (pair / 2) + 2 * (pair % 2) - 2;
-            const __m512i bytes = pair == 0
-                                      ? _mm512_permutexvar_epi8(quarters, first(block))
-                                      : _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+            __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+            if (pair == 0) {
+                int16_t ring;
+                std::memcpy(&ring, block + 62, 2);
+                bytes = _mm512_mask_set1_epi16(bytes, 0x01010101, ring);
+            }
             windows = _mm512_multishift_epi64_epi8(halved, bytes);
         } else if (HOW == BROADCAST && pair > 0) {
             int64_t word;
@@ -92,7 +93,7 @@ struct Generator {
 };
 
 // The constants of the matrix that this thread multiplied last: building them takes longer than a block.
-inline Generator generator(const Matrix& m) {
+inline const Generator& generator(const Matrix& m) {
     thread_local Matrix last{};
     thread_local Generator constants{Matrix{nullptr, 1, 1, 1, 1, 4, 16, 0, 0, nullptr, nullptr, 0, 0}};
     if (m.w != last.w || m.window != last.window || m.even != last.even || m.odd != last.odd) {
@@ -106,11 +107,19 @@ inline Generator generator(const Matrix& m) {
 // gives up at every page: without this a product from memory takes three times as long as one from cache.
 constexpr int AHEAD = 4096;
 
-// Reads run past the end of a block; near the end of the seeds they go to a copy.
-inline const uint8_t* readable(const Matrix& m, const uint8_t* block, Padded& padded) {
+inline void ask_ahead(const Matrix& m, const uint8_t* block) {
     for (int k = 0; k < m.block_bytes(); k += 64) _mm_prefetch(reinterpret_cast<const char*>(block + AHEAD + k), _MM_HINT_T0);
+}
+
+// Reads begin before a block and run past its end; at the ends of the seeds they go to a copy.
+inline const uint8_t* inside(const Matrix& m, const uint8_t* block, Padded& padded) {
     const uint8_t* end = m.seeds + m.block_rows * m.block_cols * m.block_bytes();
-    return block + m.block_bytes() + 64 <= end ? block : padded.fill(block, m.block_bytes());
+    return block != m.seeds && block + m.block_bytes() + 64 <= end ? block : padded.fill(block, m.block_bytes());
+}
+
+inline const uint8_t* readable(const Matrix& m, const uint8_t* block, Padded& padded) {
+    ask_ahead(m, block);
+    return inside(m, block, padded);
 }
 
 // Sums of the four bytes, one 16-bit half a column.

@@ -16,20 +16,18 @@
 namespace rbe {
 namespace {
 #include "generate_avx512.h"
-#include "product_avx512.h"
+#include "tiles.h"
+#include "product_bytes.h"
 #include "tier_common.h"
 
 // A tile of generated weights: the byte sums s of 16 rows and 32 columns, 16-bit numbers as generated, which are two
 // unsigned digits of base 256. Tile row p of one row of x has its signed digits p and p - 1 side by side, so that its sum
 // is the coefficient of 256^p of the product: digits + 1 tile rows for a row of x.
-constexpr int ROWS = 16;    // of a tile
-constexpr int STEP = 32;    // columns of a tile
 constexpr int TILES = 4;    // tiles of activations multiplied at once
 constexpr int PANEL = 8;    // tiles of generated weights along a panel
 constexpr int BANDS = 8;    // block rows of a panel
 constexpr int MOST_TILES = 32;  // 96 rows of x, as many as a call brings
 constexpr int LAG = 2;      // tiles between writing and reading, so that no read waits for a write
-constexpr int64_t FEW = 2;  // rows of x up to which the tiles do not pay
 
 struct Plan {
     int digits, per_row, per_tile, tiles, rows;  // digits of a value; tile rows of a row of x; rows of x in a tile; ...
@@ -42,10 +40,8 @@ struct Plan {
     int64_t apart() const { return steps * tile_bytes(); }  // from one tile of activations to the next
 };
 
-bool without_tiles(const Activations& a) { return a.batch <= FEW; }
-
 size_t packed_bytes(const Matrix& m, const Activations& a) {
-    if (without_tiles(a)) return words_bytes(m, a);
+    if (const BytePlan few(m, a); few.fits()) return few.bytes(a);
     const Plan plan(a);
     return static_cast<size_t>(plan.tiles * plan.apart() + 8 * a.batch);
 }
@@ -68,17 +64,14 @@ struct Spread {
 };
 
 void pack(const Matrix& m, const Activations& a, int64_t b, const int32_t* x) {
-    if (without_tiles(a)) return pack_words(m, a, b, x);
+    if (const BytePlan few(m, a); few.fits()) return pack_bytes(a, few, b, x);
     static const Spread wide(4), narrow(1);
     const Spread& spread = a.int8 ? narrow : wide;
     const Plan plan(a);
     uint8_t* out = static_cast<uint8_t*>(a.packed) + b / plan.per_tile * plan.apart() + b % plan.per_tile * plan.per_row * 64;
-    // Adding and flipping 0x80 in every byte turns a number into signed digits of base 256.
-    const __m512i bias = _mm512_set1_epi32(static_cast<int32_t>(0x80808080u));
     for (int64_t s = 0; s < plan.steps; s++) {
         __m512i v[2];
-        for (int h = 0; h < 2; h++)
-            v[h] = _mm512_xor_si512(_mm512_add_epi32(_mm512_loadu_si512(x + STEP * s + 16 * h), bias), bias);
+        for (int h = 0; h < 2; h++) v[h] = signed_digits(_mm512_loadu_si512(x + STEP * s + 16 * h));
         for (int p = 0; p < plan.per_row; p++)
             _mm512_storeu_si512(out + s * plan.tile_bytes() + 64 * p,
                                 _mm512_maskz_permutex2var_epi8(spread.used[p], v[0], spread.index[p], v[1]));
@@ -88,58 +81,45 @@ void pack(const Matrix& m, const Activations& a, int64_t b, const int32_t* x) {
     std::memcpy(static_cast<uint8_t*>(a.packed) + plan.tiles * plan.apart() + 8 * b, &sum, 8);
 }
 
-struct alignas(64) Config {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-// Tiles 0 ... 3 are sums, 4 and 5 activations, 6 and 7 generated weights.
-void configure(int rows) {
-    Config c;
-    for (int t = 0; t < 8; t++) c.row_bytes[t] = 64, c.rows[t] = static_cast<uint8_t>(t < 6 ? rows : ROWS);
-    _tile_loadconfig(&c);
-}
-
 template <int COUNT>
 inline void load_sums(const int32_t (*sums)[ROWS * 16]) {
-    _tile_loadd(0, sums[0], 64);
-    if (COUNT > 1) _tile_loadd(1, sums[1], 64);
-    if (COUNT > 2) _tile_loadd(2, sums[2], 64);
-    if (COUNT > 3) _tile_loadd(3, sums[3], 64);
+    load_tile<0>(sums[0]);
+    if (COUNT > 1) load_tile<1>(sums[1]);
+    if (COUNT > 2) load_tile<2>(sums[2]);
+    if (COUNT > 3) load_tile<3>(sums[3]);
 }
 
 template <int COUNT>
 inline void store_sums(int32_t (*sums)[ROWS * 16]) {
-    _tile_stored(0, sums[0], 64);
-    if (COUNT > 1) _tile_stored(1, sums[1], 64);
-    if (COUNT > 2) _tile_stored(2, sums[2], 64);
-    if (COUNT > 3) _tile_stored(3, sums[3], 64);
+    store_tile<0>(sums[0]);
+    if (COUNT > 1) store_tile<1>(sums[1]);
+    if (COUNT > 2) store_tile<2>(sums[2]);
+    if (COUNT > 3) store_tile<3>(sums[3]);
 }
 
 // One tile of generated weights times COUNT tiles of activations.
 template <int COUNT>
 inline void multiply(const uint8_t* weights, const uint8_t* x, int64_t apart) {
-    _tile_loadd(6, weights, 64);
-    _tile_loadd(4, x, 64);
-    _tile_dpbsud(0, 4, 6);
+    load_tile<6>(weights);
+    load_tile<4>(x);
+    dot_tile<0, 4, 6>();
     if (COUNT > 1) {
-        _tile_loadd(5, x + apart, 64);
-        _tile_dpbsud(1, 5, 6);
+        load_tile<5>(x + apart);
+        dot_tile<1, 5, 6>();
     }
     if (COUNT > 2) {
-        _tile_loadd(4, x + 2 * apart, 64);
-        _tile_dpbsud(2, 4, 6);
+        load_tile<4>(x + 2 * apart);
+        dot_tile<2, 4, 6>();
     }
     if (COUNT > 3) {
-        _tile_loadd(5, x + 3 * apart, 64);
-        _tile_dpbsud(3, 5, 6);
+        load_tile<5>(x + 3 * apart);
+        dot_tile<3, 5, 6>();
     }
 }
 
 // Tile `step` of block row i.
 template <bool PAIRED, Gather HOW>
-inline void generate(const Matrix& m, const Generator& g, int64_t i, int64_t step, Padded& padded, uint8_t* out) {
+[[gnu::always_inline]] inline void generate(const Matrix& m, const Generator& g, int64_t i, int64_t step, Padded& padded, uint8_t* out) {
     for (int64_t j = 2 * step; j < 2 * step + 2; j++, out += 512) {
         // Past an odd number of blocks the activations are zero: any readable block will do.
         const uint8_t* block = readable(m, m.block(i, std::min(j, m.block_cols - 1)), padded);
@@ -154,8 +134,9 @@ inline void generate(const Matrix& m, const Generator& g, int64_t i, int64_t ste
 
 // Few activations: each tile of weights is multiplied shortly after it was generated.
 template <bool PAIRED, Gather HOW, int COUNT>
-void stream(const Matrix& m, const Generator& g, const Plan& plan, const uint8_t* x, int64_t i, int32_t (*sums)[ROWS * 16]) {
+void stream(const Matrix& m, const Generator& constants, const Plan& plan, const uint8_t* x, int64_t i, int32_t (*sums)[ROWS * 16]) {
     alignas(64) uint8_t ring[2 * LAG][1024];
+    const Generator g = constants;  // a copy stays in registers
     Padded padded;
     load_sums<COUNT>(sums);
     for (int64_t s = 0; s < plan.steps + LAG; s++) {
@@ -183,8 +164,9 @@ void multiply_panel(Workspace& ws, const Plan& plan, const uint8_t* x, int bands
 }
 
 template <bool PAIRED, Gather HOW>
-void panels(const Matrix& m, const Generator& g, const Plan& plan, const uint8_t* x, int64_t begin, int bands) {
+void panels(const Matrix& m, const Generator& constants, const Plan& plan, const uint8_t* x, int64_t begin, int bands) {
     Workspace& ws = *workspace;
+    const Generator g = constants;  // a copy stays in registers
     Padded padded;
     for (int64_t first = 0; first < plan.steps; first += PANEL) {
         const int64_t steps = std::min<int64_t>(PANEL, plan.steps - first);
@@ -204,7 +186,7 @@ void panels(const Matrix& m, const Generator& g, const Plan& plan, const uint8_t
 
 template <bool PAIRED, Gather HOW>
 void rows_of(const Matrix& m, const Activations& a, int64_t begin, int64_t end, int64_t* sums, int64_t stride) {
-    const Generator g = generator(m);
+    const Generator& g = generator(m);
     const Plan plan(a);
     const uint8_t* x = static_cast<const uint8_t*>(a.packed);
     if (!workspace) workspace = std::make_unique<Workspace>();
@@ -240,13 +222,13 @@ void rows_of(const Matrix& m, const Activations& a, int64_t begin, int64_t end, 
 }
 
 void product(const Matrix& m, const Activations& a, int64_t begin, int64_t end, int64_t* sums, int64_t stride) {
-    if (without_tiles(a)) return product_words(m, a, begin, end, sums, stride);
+    if (BytePlan(m, a).fits()) return product_bytes(m, a, begin, end, sums, stride);
     if (!m.paired()) return rows_of<false, PERMUTE>(m, a, begin, end, sums, stride);
     if (m.w > 3) return rows_of<true, PERMUTE>(m, a, begin, end, sums, stride);
     rows_of<true, BROADCAST>(m, a, begin, end, sums, stride);
 }
 
-void leave() { _tile_release(); }
+void leave() { release_tiles(); }
 
 }  // namespace
 

@@ -44,7 +44,7 @@ struct Activations {
 // A block with what its windows may touch around it: two ring bytes before, zeros after. For the ends of the buffer.
 struct Padded {
     alignas(64) uint8_t bytes[64 + 128 + 128];
-    const uint8_t* fill(const uint8_t* block, int n) {
+    [[gnu::noinline]] const uint8_t* fill(const uint8_t* block, int n) {
         std::memcpy(bytes + 62, block + n - 2, 2);
         std::memcpy(bytes + 64, block, static_cast<size_t>(n));
         return bytes + 64;
