@@ -218,6 +218,27 @@ def test_an_index_that_contradicts_the_shards_is_found_though_its_checksum_is_ri
         (dst / INDEX).write_bytes(saved)
 
 
+@pytest.mark.parametrize("name", ["{outside}", "../outside", "a/../../outside", "", ".", "a\0b", 3])
+def test_an_index_that_names_files_outside_the_folder_overwrites_nothing(dst, tmp_path, name):
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    name = name.format(outside=outside) if isinstance(name, str) else name
+    intact = (dst / INDEX).read_text()
+
+    def copied(index):
+        index["metadata"]["rbe"]["source"]["bare"] = False
+        index["metadata"]["rbe"]["copied"] = {str(name): shards.file_digest(outside)}
+
+    for change in (copied, lambda index: index["metadata"]["rbe"]["source"].update(name=name)):
+        (dst / INDEX).write_text(intact)
+        reseal(dst, change)
+        if name == 3 and change is copied:
+            continue  # JSON makes text of every key
+        with pytest.raises(CorruptFile, match="outside the folder"):
+            convert.decompress(dst, tmp_path / "dense")
+        assert outside.read_text() == "precious" and not (tmp_path / "dense").exists()
+
+
 def test_a_changed_seed_configuration_is_found(dst):
     path = dst / "config.json"
     config = json.loads(path.read_text())

@@ -136,7 +136,33 @@ def read_index(dst: Path) -> dict[str, Any]:
         _check_version(about.get("format_version"), path)
         if sealed(index)["metadata"]["rbe"]["checksum"] != about.get("checksum"):
             raise CorruptFile(f"{path} was changed after it was written; fetch the folder again")
+        for name in _files_named(index):
+            if not _inside(name):
+                raise CorruptFile(
+                    f"{path} names a file outside the folder: {name!r}; nothing was written: do not trust who made it"
+                )
     return index
+
+
+def _files_named(index: dict[str, Any]) -> Iterator[Any]:
+    """Every name in an index that is used as a file's, when reading or when the dense model is written again."""
+    about = index["metadata"]["rbe"]
+    yield from about["files"]
+    yield from about["copied"]
+    yield from index["weight_map"].values()
+    if about["source"].get("bare"):
+        yield about["source"].get("name")
+
+
+def _inside(name: Any) -> bool:
+    """Whether a name stays inside the folder it is meant for: whoever made an index made its checksum too."""
+    return (
+        isinstance(name, str)
+        and "\0" not in name
+        and (p := Path(name)).parts != ()
+        and not p.anchor
+        and ".." not in p.parts
+    )
 
 
 def read_config(dst: Path) -> dict[str, Any]:
