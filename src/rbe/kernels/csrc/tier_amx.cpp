@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <memory>
 #if defined(__linux__)
 #include <cpuid.h>
@@ -24,7 +25,7 @@ namespace {
 // unsigned digits of base 256. Tile row p of one row of x has its signed digits p and p - 1 side by side, so that its sum
 // is the coefficient of 256^p of the product: digits + 1 tile rows for a row of x.
 constexpr int TILES = 4;    // tiles of activations multiplied at once
-constexpr int PANEL = 8;    // tiles of generated weights along a panel
+constexpr int PANEL = 12;   // tiles of generated weights along a panel
 constexpr int BANDS = 8;    // block rows of a panel
 constexpr int MOST_TILES = 32;  // 96 rows of x, as many as a call brings
 constexpr int LAG = 2;      // tiles between writing and reading, so that no read waits for a write
@@ -37,6 +38,11 @@ struct Plan {
           tiles(static_cast<int>((a.batch + per_tile - 1) / per_tile)),
           rows(static_cast<int>(std::min<int64_t>(a.batch, per_tile)) * per_row), steps((a.cols + STEP - 1) / STEP) {}
     int64_t tile_bytes() const { return int64_t{64} * rows; }
+    int64_t total(const Activations& a, int64_t b) const {  // of the values of row b
+        int64_t sum;
+        std::memcpy(&sum, static_cast<const uint8_t*>(a.packed) + tiles * apart() + 8 * b, 8);
+        return sum;
+    }
     int64_t apart() const { return steps * tile_bytes(); }  // from one tile of activations to the next
 };
 
@@ -79,14 +85,6 @@ void pack(const Matrix& m, const Activations& a, int64_t b, const int32_t* x) {
     int64_t sum = 0;
     for (int64_t j = 0; j < a.cols; j++) sum += x[j];
     std::memcpy(static_cast<uint8_t*>(a.packed) + plan.tiles * plan.apart() + 8 * b, &sum, 8);
-}
-
-template <int COUNT>
-inline void load_sums(const int32_t (*sums)[ROWS * 16]) {
-    load_tile<0>(sums[0]);
-    if (COUNT > 1) load_tile<1>(sums[1]);
-    if (COUNT > 2) load_tile<2>(sums[2]);
-    if (COUNT > 3) load_tile<3>(sums[3]);
 }
 
 template <int COUNT>
@@ -138,7 +136,7 @@ void stream(const Matrix& m, const Generator& constants, const Plan& plan, const
     alignas(64) uint8_t ring[2 * LAG][1024];
     const Generator g = constants;  // a copy stays in registers
     Padded padded;
-    load_sums<COUNT>(sums);
+    zero_sums();
     for (int64_t s = 0; s < plan.steps + LAG; s++) {
         if (s < plan.steps) generate<PAIRED, HOW>(m, g, i, s, padded, ring[s % (2 * LAG)]);
         if (s >= LAG) multiply<COUNT>(ring[(s - LAG) % (2 * LAG)], x + (s - LAG) * plan.tile_bytes(), plan.apart());
@@ -146,41 +144,95 @@ void stream(const Matrix& m, const Generator& constants, const Plan& plan, const
     store_sums<COUNT>(sums);
 }
 
+// Adds the sums of one tile of activations and one block row, which begins at `sums`.
+inline void add_sums(const Activations& a, const Plan& plan, int64_t tile, const int32_t* lines, int64_t* sums,
+                     int64_t stride) {
+    for (int64_t b = tile * plan.per_tile; b < std::min(a.batch, (tile + 1) * plan.per_tile); b++) {
+        for (int h = 0; h < 2; h++) {
+            __m512i s = _mm512_setzero_si512();
+            for (int p = plan.per_row - 1; p >= 0; p--) {
+                const __m256i line = _mm256_load_si256(reinterpret_cast<const __m256i*>(lines + 16 * p + 8 * h));
+                s = _mm512_add_epi64(_mm512_slli_epi64(s, 8), _mm512_cvtepi32_epi64(line));
+            }
+            const __m512i less = _mm512_set1_epi64(-OFFSET * plan.total(a, b));
+            _mm512_storeu_si512(sums + b * stride + 8 * h, _mm512_add_epi64(s, less));
+        }
+        lines += 16 * plan.per_row;
+    }
+}
+
 // Many activations: a panel of weights, BANDS block rows high and PANEL tiles wide, is generated once and multiplied by
-// all of them, so ordered that four tiles of activations stay in the first-level cache for all its block rows.
+// all of them, two block rows and two tiles of activations at a time: these two stay in the first-level cache for all
+// block rows, and the weights come from the second.
 struct Workspace {
     alignas(64) uint8_t weights[BANDS][PANEL][1024];
     alignas(64) int32_t sums[BANDS][MOST_TILES][ROWS * 16];
 };
 thread_local std::unique_ptr<Workspace> workspace;
 
-template <int COUNT>
-void multiply_panel(Workspace& ws, const Plan& plan, const uint8_t* x, int bands, int64_t steps, int t) {
-    for (int i = 0; i < bands; i++) {
-        load_sums<COUNT>(ws.sums[i] + t);
-        for (int64_t s = 0; s < steps; s++) multiply<COUNT>(ws.weights[i][s], x + s * plan.tile_bytes(), plan.apart());
-        store_sums<COUNT>(ws.sums[i] + t);
+struct Corner {
+    int32_t* sums[4];  // two tiles of activations of the first block row, then of the second
+    const uint8_t *weights, *x;
+    int64_t steps;
+};
+
+template <int HIGH, int WIDE>
+void multiply_panel(const Plan& plan, const Corner& c, bool first, int32_t* const (&to)[4]) {
+    zero_sums();
+    if (!first) {
+        load_tile<0>(c.sums[0]);
+        if constexpr (WIDE > 1) load_tile<1>(c.sums[1]);
+        if constexpr (HIGH > 1) load_tile<2>(c.sums[2]);
+        if constexpr (HIGH > 1 && WIDE > 1) load_tile<3>(c.sums[3]);
     }
+    for (int64_t s = 0; s < c.steps; s++) {
+        load_tile<4>(c.x + s * plan.tile_bytes());
+        load_tile<6>(c.weights + s * 1024);
+        dot_tile<0, 4, 6>();
+        if constexpr (WIDE > 1) load_tile<5>(c.x + s * plan.tile_bytes() + plan.apart());
+        if constexpr (WIDE > 1) dot_tile<1, 5, 6>();
+        if constexpr (HIGH > 1) load_tile<7>(c.weights + (PANEL + s) * 1024);
+        if constexpr (HIGH > 1) dot_tile<2, 4, 7>();
+        if constexpr (HIGH > 1 && WIDE > 1) dot_tile<3, 5, 7>();
+    }
+    store_tile<0>(to[0]);
+    if constexpr (WIDE > 1) store_tile<1>(to[1]);
+    if constexpr (HIGH > 1) store_tile<2>(to[2]);
+    if constexpr (HIGH > 1 && WIDE > 1) store_tile<3>(to[3]);
 }
 
+// Block rows from `begin`, whose sums begin at `sums`.
 template <bool PAIRED, Gather HOW>
-void panels(const Matrix& m, const Generator& constants, const Plan& plan, const uint8_t* x, int64_t begin, int bands) {
+void panels(const Matrix& m, const Generator& constants, const Activations& a, const Plan& plan, int64_t begin, int bands,
+            int64_t* sums, int64_t stride) {
     Workspace& ws = *workspace;
     const Generator g = constants;  // a copy stays in registers
     Padded padded;
-    for (int64_t first = 0; first < plan.steps; first += PANEL) {
-        const int64_t steps = std::min<int64_t>(PANEL, plan.steps - first);
+    alignas(64) int32_t corner[4][ROWS * 16];
+    const int64_t count = (plan.steps + PANEL - 1) / PANEL;
+    for (int64_t k = 0; k < count; k++) {
+        const int64_t first = k * plan.steps / count, steps = (k + 1) * plan.steps / count - first;
         for (int i = 0; i < bands; i++)
             for (int64_t s = 0; s < steps; s++)
                 generate<PAIRED, HOW>(m, g, begin + i, first + s, padded, ws.weights[i][s]);
-        for (int t = 0; t < plan.tiles; t += TILES) {
-            const uint8_t* tile = x + t * plan.apart() + first * plan.tile_bytes();
-            const int count = std::min(plan.tiles - t, TILES);
-            if (count == 1) multiply_panel<1>(ws, plan, tile, bands, steps, t);
-            if (count == 2) multiply_panel<2>(ws, plan, tile, bands, steps, t);
-            if (count == 3) multiply_panel<3>(ws, plan, tile, bands, steps, t);
-            if (count == 4) multiply_panel<4>(ws, plan, tile, bands, steps, t);
-        }
+        for (int t = 0; t < plan.tiles; t += 2)
+            for (int i = 0; i < bands; i += 2) {
+                const int high = std::min(2, bands - i), wide = std::min(2, plan.tiles - t);
+                Corner c{{}, ws.weights[i][0], static_cast<const uint8_t*>(a.packed), steps};
+                c.x += t * plan.apart() + first * plan.tile_bytes();
+                for (int q = 0; q < 4; q++) c.sums[q] = ws.sums[std::min(i + q / 2, bands - 1)][t + q % 2];
+                // The last sums are used at once, while they are near.
+                const bool last = k == count - 1;
+                int32_t* to[4];
+                for (int q = 0; q < 4; q++) to[q] = last ? corner[q] : c.sums[q];
+                if (high == 2 && wide == 2) multiply_panel<2, 2>(plan, c, k == 0, to);
+                if (high == 2 && wide == 1) multiply_panel<2, 1>(plan, c, k == 0, to);
+                if (high == 1 && wide == 2) multiply_panel<1, 2>(plan, c, k == 0, to);
+                if (high == 1 && wide == 1) multiply_panel<1, 1>(plan, c, k == 0, to);
+                for (int q = 0; last && q < 4; q++)
+                    if (q / 2 < high && q % 2 < wide)
+                        add_sums(a, plan, t + q % 2, corner[q], sums + (i + q / 2) * EDGE, stride);
+            }
     }
 }
 
@@ -193,30 +245,15 @@ void rows_of(const Matrix& m, const Activations& a, int64_t begin, int64_t end, 
     configure(plan.rows);
     for (int64_t at = begin; at < end; at += BANDS) {
         const int bands = static_cast<int>(std::min<int64_t>(BANDS, end - at));
-        for (int i = 0; i < bands; i++) {
-            int32_t(*out)[ROWS * 16] = workspace->sums[i];
-            std::memset(out, 0, static_cast<size_t>(plan.tiles) * sizeof out[0]);
+        int64_t* to = sums + (at - begin) * EDGE;
+        if (plan.tiles > TILES) panels<PAIRED, HOW>(m, g, a, plan, at, bands, to, stride);
+        for (int i = 0; plan.tiles <= TILES && i < bands; i++) {
+            alignas(64) int32_t out[TILES][ROWS * 16];
             if (plan.tiles == 1) stream<PAIRED, HOW, 1>(m, g, plan, x, at + i, out);
             if (plan.tiles == 2) stream<PAIRED, HOW, 2>(m, g, plan, x, at + i, out);
             if (plan.tiles == 3) stream<PAIRED, HOW, 3>(m, g, plan, x, at + i, out);
             if (plan.tiles == 4) stream<PAIRED, HOW, 4>(m, g, plan, x, at + i, out);
-        }
-        if (plan.tiles > TILES) panels<PAIRED, HOW>(m, g, plan, x, at, bands);
-        for (int64_t b = 0; b < a.batch; b++) {
-            int64_t total;
-            std::memcpy(&total, x + plan.tiles * plan.apart() + 8 * b, 8);
-            for (int i = 0; i < bands; i++) {
-                int64_t* sum = sums + b * stride + (at + i - begin) * EDGE;
-                const int32_t* lines = workspace->sums[i][b / plan.per_tile] + b % plan.per_tile * plan.per_row * 16;
-                for (int h = 0; h < 2; h++) {
-                    __m512i s = _mm512_setzero_si512();
-                    for (int p = plan.per_row - 1; p >= 0; p--) {
-                        const __m256i line = _mm256_load_si256(reinterpret_cast<const __m256i*>(lines + 16 * p + 8 * h));
-                        s = _mm512_add_epi64(_mm512_slli_epi64(s, 8), _mm512_cvtepi32_epi64(line));
-                    }
-                    _mm512_storeu_si512(sum + 8 * h, _mm512_add_epi64(s, _mm512_set1_epi64(-OFFSET * total)));
-                }
-            }
+            for (int t = 0; t < plan.tiles; t++) add_sums(a, plan, t, out[t], to + i * EDGE, stride);
         }
     }
 }

@@ -13,11 +13,31 @@ inline uint32_t sign_bit(uint32_t k, uint32_t seed) {
     return h << 31;
 }
 
+// The signs that this thread used last, because the rows of a batch follow one another and hashing costs more than the
+// transform's memory. Memory of its own: standard containers compiled for one tier could be linked into another.
+struct Signs {
+    uint32_t seed = 0, *bits = nullptr;
+    int64_t n = 0;
+    const uint32_t* get(int64_t count, uint32_t wanted) {
+        if (wanted != seed || count > n) {
+            std::free(bits);
+            n = 0, bits = static_cast<uint32_t*>(std::malloc(static_cast<size_t>(count) * 4));
+            if (!bits) return nullptr;
+            for (int64_t k = 0; k < count; k++) bits[k] = sign_bit(static_cast<uint32_t>(k), wanted);
+            seed = wanted, n = count;
+        }
+        return bits;
+    }
+    ~Signs() { std::free(bits); }
+};
+
 inline void flip_signs(float* x, int64_t n, uint32_t seed) {
+    thread_local Signs signs;
+    const uint32_t* flips = signs.get(n, seed);
     for (int64_t k = 0; k < n; k++) {
         uint32_t bits;
         std::memcpy(&bits, x + k, 4);
-        bits ^= sign_bit(static_cast<uint32_t>(k), seed);
+        bits ^= flips ? flips[k] : sign_bit(static_cast<uint32_t>(k), seed);
         std::memcpy(x + k, &bits, 4);
     }
 }
@@ -49,26 +69,59 @@ inline void hadamard(float* x, int64_t n) {
     }
     Lanes* v = reinterpret_cast<Lanes*>(x);
     const int64_t m = n / 16;
-    for (int64_t i = 0; i < m; i++) {
-        Lanes u = v[i];
-        butterfly<1>(u), butterfly<2>(u), butterfly<4>(u), butterfly<8>(u);
-        v[i] = u;
-    }
+    // First as many stages as the registers hold, in one pass over memory; the last pass also scales.
+#if defined(__AVX512F__)
+    constexpr int HELD = 16;
+#else
+    constexpr int HELD = 4;
+#endif
     int64_t h = 1;
-    for (; 4 * h <= m; h *= 4)  // two stages a pass over memory
+    if (m < HELD) {
+        for (int64_t i = 0; i < m; i++) {
+            Lanes u = v[i];
+            butterfly<1>(u), butterfly<2>(u), butterfly<4>(u), butterfly<8>(u);
+            v[i] = m > 1 ? u : u * norm;
+        }
+    } else {
+        h = HELD;
+        const float scale = m > h ? 1.0f : norm;
+        for (int64_t i = 0; i < m; i += HELD) {
+            Lanes u[HELD];
+#pragma GCC unroll 16
+            for (int k = 0; k < HELD; k++) {
+                u[k] = v[i + k];
+                butterfly<1>(u[k]), butterfly<2>(u[k]), butterfly<4>(u[k]), butterfly<8>(u[k]);
+            }
+#pragma GCC unroll 4
+            for (int s = 1; s < HELD; s *= 2)
+#pragma GCC unroll 16
+                for (int k = 0; k < HELD; k++)
+                    if (!(k & s)) {
+                        const Lanes a = u[k], b = u[k + s];
+                        u[k] = a + b, u[k + s] = a - b;
+                    }
+#pragma GCC unroll 16
+            for (int k = 0; k < HELD; k++) v[i + k] = u[k] * scale;
+        }
+    }
+    for (; 4 * h <= m; h *= 4) {
+        const float scale = 4 * h < m ? 1.0f : norm;
         for (int64_t i = 0; i < m; i += 4 * h)
             for (int64_t k = i; k < i + h; k++) {
                 const Lanes a = v[k], b = v[k + h], c = v[k + 2 * h], d = v[k + 3 * h];
                 const Lanes ab = a + b, a_b = a - b, cd = c + d, c_d = c - d;
-                v[k] = ab + cd, v[k + h] = a_b + c_d, v[k + 2 * h] = ab - cd, v[k + 3 * h] = a_b - c_d;
+                v[k] = (ab + cd) * scale, v[k + h] = (a_b + c_d) * scale;
+                v[k + 2 * h] = (ab - cd) * scale, v[k + 3 * h] = (a_b - c_d) * scale;
             }
-    for (; 2 * h <= m; h *= 2)
+    }
+    for (; 2 * h <= m; h *= 2) {
+        const float scale = 2 * h < m ? 1.0f : norm;
         for (int64_t i = 0; i < m; i += 2 * h)
             for (int64_t k = i; k < i + h; k++) {
                 const Lanes a = v[k], b = v[k + h];
-                v[k] = a + b, v[k + h] = a - b;
+                v[k] = (a + b) * scale, v[k + h] = (a - b) * scale;
             }
-    for (int64_t i = 0; i < m; i++) v[i] *= norm;
+    }
 }
 
 inline int64_t span(int64_t n) { return static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(n))); }

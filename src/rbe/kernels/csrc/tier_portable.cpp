@@ -1,6 +1,7 @@
 // Plain C++ for any little-endian processor. It is also the yardstick of the other tiers.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 
 #include "trellis.h"
 
