@@ -133,3 +133,25 @@ def test_the_table_shows_every_tensor_and_reason():
     text = str(make_plan(BARE))
     assert all(name in text for name in BARE)
     assert "trellis 2 bit" in text and "too thin" in text and "64x96" in text
+
+
+def test_rates_of_patterns_go_before_the_usual_ones() -> None:
+    tensors = {f"block.{k}.{n}.weight": ((64, 64), "F32") for k in (0, 1) for n in ("attn", "mlp")}
+    tensors["wte.weight"] = ((128, 64), "F32")
+    plan = make_plan(tensors, bits=2, embeddings_bits=1.5, rates={"*.attn": 3, "block.1.*": 4, "wte": 1})
+    rates = {entry.name: entry.spec.bits for entry in plan.seeded}
+    assert rates == {
+        "block.0.attn.weight": 3,
+        "block.0.mlp.weight": 2,
+        "block.1.attn.weight": 4,
+        "block.1.mlp.weight": 4,
+        "wte.weight": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"), [({"*.atn": 3}, "rates: .* fits no tensor"), ({"*.attn": 2.2}, "2.2 bits")]
+)
+def test_rates_that_cannot_be_are_refused(rates: dict[str, float], message: str) -> None:
+    with pytest.raises(RbeError, match=message):
+        make_plan({"block.attn.weight": ((64, 64), "F32")}, rates=rates)

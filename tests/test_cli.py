@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("transformers", reason="the models are transformers models")
 typer_testing = pytest.importorskip("typer.testing", reason="the command line is built on typer")
 
-from rbe import convert, profile  # noqa: E402
+from rbe import checkpoint, convert, profile  # noqa: E402
 from rbe.cli import show, trial, work  # noqa: E402
 from rbe.cli.app import app  # noqa: E402
 from rbe.errors import RbeError  # noqa: E402
@@ -374,3 +374,15 @@ def test_a_source_of_another_shape_is_said(tmp_path: Path) -> None:
     convert.compress(tmp_path / "w.safetensors", tmp_path / "out", effort="fast")
     with pytest.raises(RbeError, match="has no 64x48 weight"):
         trial.compare_tensors(tmp_path / "out", tmp_path / "v.safetensors")
+
+
+def test_rate_of_a_pattern(bert: Path, tmp_path: Path) -> None:
+    rbe("compress", bert, tmp_path / "out", "--effort", "fast", "--rate", "*.attention.*=3")
+    bits = {row.name: row.bits for row in checkpoint.inspect(tmp_path / "out") if row.kind != "keep"}
+    assert {b for name, b in bits.items() if ".attention." in name} == {3}
+    assert {b for name, b in bits.items() if ".attention." not in name} == {2}
+
+
+@pytest.mark.parametrize("text", ["attention", "=3", "*.attention.*=three"])
+def test_a_rate_written_wrongly_is_explained(bert: Path, tmp_path: Path, text: str) -> None:
+    refused("compress", bert, tmp_path / "out", "--rate", text, says="PATTERN=BITS")

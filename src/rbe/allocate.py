@@ -181,6 +181,7 @@ def make_plan(
     *,
     bits: float = 2,
     embeddings_bits: float | None = None,
+    rates: Mapping[str, float] | None = None,
     format: str = "trellis",
     block: int = 16,
     window: int = 16,
@@ -197,6 +198,7 @@ def make_plan(
             called `*.weight` are taken, as embeddings where the name says so.
         bits: rate of linear layers, bits per weight.
         embeddings_bits: rate of embeddings, and of heads tied to them; None is `bits`, 0 keeps them as they are.
+        rates: shell patterns of tensor or module names, with the rate of what they fit; of several, the last one.
         format, block, window: of all seeds.
         include: shell patterns of tensor or module names; when given, everything else is kept.
         exclude: shell patterns of tensor or module names that are kept.
@@ -206,10 +208,11 @@ def make_plan(
     Raises:
         RbeError: a rate is not offered, or a pattern fits nothing.
     """
-    _check_patterns(tensors, include, exclude)
-    rates = {"linear": float(bits), "embedding": float(bits if embeddings_bits is None else embeddings_bits)}
-    for kind, rate in rates.items():
-        if not (kind == "embedding" and rate == 0):
+    rates = dict(rates or {})
+    _check_patterns(tensors, include, exclude, list(rates))
+    usual = {"linear": float(bits), "embedding": float(bits if embeddings_bits is None else embeddings_bits)}
+    for rate in (*usual.values(), *rates.values()):
+        if not (rate == 0 and rate == usual["embedding"]):
             formats.get(format).check(SeedSpec(format, (block, block), rate, block, window))
     entries = []
     for name, (sides, dtype) in tensors.items():
@@ -223,10 +226,12 @@ def make_plan(
             continue
         site = _site(name, shape, modules)
         reason = _reason(name, shape, dtype, site, include, exclude)
-        if not reason and site.kind == "embedding" and rates["embedding"] == 0:
+        chosen = [rate for pattern, rate in rates.items() if matches(name.removesuffix(".weight"), [pattern])]
+        rate = float(chosen[-1]) if chosen else usual.get(site.kind, 0.0)
+        if not reason and site.kind == "embedding" and rate == 0:
             reason = "embeddings are kept"
         if not reason:
-            spec = SeedSpec(format, site.shape, rates[site.kind], block, window)
+            spec = SeedSpec(format, site.shape, rate, block, window)
             row_scale = site.kind == "embedding"
             entry = Entry(name, site.kind, shape, dtype, spec, row_scale, site.transposed)
             if LEAST_GAIN * entry.nbytes <= entry.source_bytes:
@@ -237,9 +242,9 @@ def make_plan(
     return Plan(tuple(entries))
 
 
-def _check_patterns(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> None:
+def _check_patterns(names: Iterable[str], include: Sequence[str], exclude: Sequence[str], rates: Sequence[str]) -> None:
     modules = sorted({name.removesuffix(".weight") for name in names})
-    for option, patterns in (("include", include), ("exclude", exclude)):
+    for option, patterns in (("include", include), ("exclude", exclude), ("rates", rates)):
         if isinstance(patterns, str):
             raise RbeError(f"{option}: {patterns!r} is text; give a list of patterns, [{patterns!r}]")
         for pattern in patterns:

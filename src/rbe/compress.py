@@ -1,6 +1,6 @@
 """`compress_`: a live torch model, its layers replaced by seed layers in place; `decompress_`: the way back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ def plan_model(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     embeddings_bits: float | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> tuple[Plan, dict[str, swap.Site]]:
     """What `compress_` would do, and the layers it would do it to; the model may be on the meta device.
 
@@ -46,12 +47,14 @@ def plan_model(
     tensors = {
         name: (tuple(parameter.shape), dtype_name(parameter.dtype))
         for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not isinstance(parameter, nn.parameter.UninitializedParameter)  # of a lazy layer
     }
     plan = make_plan(
         tensors,
         {site.module: site for site in sites},
         bits=bits,
         embeddings_bits=embeddings_bits,
+        rates=rates,
         window=EFFORTS[effort].window,
         include=include,
         exclude=exclude,
@@ -91,6 +94,7 @@ def compress_(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     embeddings_bits: float | None = None,
+    rates: Mapping[str, float] | None = None,
     progress: Callable[[int, int], object] | None = None,
     threads: int | None = None,
 ) -> Plan:
@@ -108,6 +112,7 @@ def compress_(
         include: shell patterns of module paths; when given, everything else is kept.
         exclude: shell patterns of module paths that are kept.
         embeddings_bits: rate of embeddings, and of heads tied to them; None is `bits`, 0 keeps them.
+        rates: shell patterns of module paths, with the rate of what they fit; of several that fit, the last one.
         progress: called with (weights done, weights in all).
         threads: of the encoder; None is torch's number.
 
@@ -118,14 +123,18 @@ def compress_(
         RbeError: a rate or pattern fits nothing, a weight is not finite, or the model holds seeds already. The model
             is then as it was: layers are exchanged only when every weight has been encoded.
     """
-    plan, sites = plan_model(model, bits, effort, include, exclude, embeddings_bits)
+    plan, sites = plan_model(model, bits, effort, include, exclude, embeddings_bits, rates)
     total = sum(entry.weights for entry in plan.seeded)
     done = 0
     encoded = []
     for entry in plan.seeded:
         step = None if progress is None else (lambda part, _, before=done: progress(before + part, total))
         site = sites[entry.name]
-        encoded.append((site, encode_entry(entry, swap.dense(model, site), effort, threads=threads, progress=step)))
+        try:
+            matrix = encode_entry(entry, swap.dense(model, site), effort, threads=threads, progress=step)
+        except RbeError as cause:
+            raise RbeError(f"{entry.name}: {cause}") from cause
+        encoded.append((site, matrix))
         done += entry.weights
     for site, matrix in encoded:
         swap.replace(model, site, matrix)

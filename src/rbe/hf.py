@@ -9,7 +9,7 @@ be called without it, and `check_fingerprint` tells the two apart.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace as with_values
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.mixing import fmix32
 from rbe.nn import Seeded, set_activations, swap
-from rbe.source import Names
+from rbe.source import Names, architecture
 
 METHOD = checkpoint.METHOD
 FORMAT_VERSION = checkpoint.FORMAT_VERSION
@@ -48,6 +48,7 @@ class RbeConfig(QuantizationConfigMixin):
         effort: "fast", "balanced" or "best" (encoding only).
         include, exclude: shell patterns of module paths (encoding only).
         embeddings_bits: rate of embeddings and of heads tied to them; None is `bits`, 0 keeps them dense.
+        rates: shell patterns of module paths, with the rate of what they fit (encoding only).
         modules: what each seed layer of the file is; written by the library.
         format_version: of the seeds; written by the library.
 
@@ -62,6 +63,7 @@ class RbeConfig(QuantizationConfigMixin):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         embeddings_bits: float | None = None,
+        rates: Mapping[str, float] | None = None,
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         **more: Any,
@@ -78,6 +80,7 @@ class RbeConfig(QuantizationConfigMixin):
         self.include = list(include)
         self.exclude = list(exclude)
         self.embeddings_bits = embeddings_bits
+        self.rates = dict(rates or {})
         self.modules = dict(modules or {})
         more.pop("quant_method", None)
         for name, value in more.items():  # kept, so that a folder survives being saved again
@@ -146,7 +149,7 @@ class RbeQuantizer(HfQuantizer):
             return
         config = self.quantization_config
         plan, sites = plan_model(
-            model, config.bits, config.effort, config.include, config.exclude, config.embeddings_bits
+            model, config.bits, config.effort, config.include, config.exclude, config.embeddings_bits, config.rates
         )
         for entry in plan.seeded:
             site = sites[entry.name]
@@ -260,14 +263,15 @@ def load(
     """
     folder = Path(folder)
     config = _read_config(folder)
-    if (config.get("quantization_config") or {}).get("quant_method") != METHOD:
+    about = config.get("quantization_config")
+    if not isinstance(about, dict) or about.get("quant_method") != METHOD:
         raise RbeError(f"load: {folder} is not a compressed model (its config.json has no rbe quantization_config)")
     if model_class is None:
-        names = config.get("architectures") or ["AutoModel"]
-        model_class = getattr(transformers, names[0], None)
+        name = architecture(config) or "AutoModel"
+        model_class = getattr(transformers, name, None)
         if model_class is None:
             raise RbeError(
-                f"load: transformers {transformers.__version__} has no {names[0]}; give model_class=, or install the "
+                f"load: transformers {transformers.__version__} has no {name}; give model_class=, or install the "
                 "version that has it"
             )
     model = model_class.from_pretrained(folder, local_files_only=True, **kwargs)

@@ -126,6 +126,10 @@ def compress(
     embeddings_bits: Annotated[
         float | None, typer.Option(help="Bits a weight of the embeddings; 0 leaves them (default: as --bits).")
     ] = None,
+    rates: Annotated[
+        list[str] | None,
+        typer.Option("--rate", metavar="PATTERN=BITS", help="Another rate for matching modules, e.g. '*.attn.*=3'."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the search (default: all cores).")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the rotations; the same gives the same bytes.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, e.g. 500MB or 5GB.")] = "5GB",
@@ -145,6 +149,7 @@ def compress(
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         embeddings_bits=embeddings_bits,
+        rates=work.rates(rates or ()),
         threads=threads,
         seed=seed,
         max_shard_size=max_shard_size,

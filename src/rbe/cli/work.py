@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,24 @@ def compress(source: Path, target: Path, as_json: bool, dry_run: bool, **setting
     else:
         _show_conversion(source, done)
     return done
+
+
+def rates(given: Sequence[str]) -> dict[str, float]:
+    """The rates of `--rate PATTERN=BITS`.
+
+    Raises:
+        RbeError: one is not written so.
+    """
+    found = {}
+    for text in given:
+        pattern, _, bits = text.rpartition("=")
+        try:
+            found[pattern] = float(bits)
+        except ValueError:
+            pattern = ""
+        if not pattern:
+            raise RbeError(f"--rate {text}: write PATTERN=BITS, for instance '*.attention.*=3'")
+    return found
 
 
 def _tell(steps: show.Steps, event: convert.Progress) -> None:
@@ -231,6 +250,7 @@ def decompress(folder: Path, target: Path, as_json: bool) -> None:
 
 def _evaluate_tensors(folder: Path, source: Path, as_json: bool) -> None:
     """`rbe eval` where there is no model to run: matrix by matrix."""
+    require_seeds(folder)
     found = trial.compare_tensors(folder, source)
     if as_json:
         show.machine({"folder": folder, "against": source, "tensors": found})

@@ -82,6 +82,7 @@ def compress(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     embeddings_bits: float | None = None,
+    rates: Mapping[str, float] | None = None,
     seed: int = 0,
     threads: int | None = None,
     workers: int = 1,
@@ -98,7 +99,7 @@ def compress(
     Args:
         src: a transformers folder or a .safetensors file.
         dst: folder to write; one that this function wrote before is replaced, any other is refused.
-        bits, embeddings_bits, include, exclude: as in `rbe.allocate.make_plan`.
+        bits, embeddings_bits, rates, include, exclude: as in `rbe.allocate.make_plan`.
         effort: "fast", "balanced" or "best".
         seed: of the rotations.
         threads: of each encoder; by default the cores are shared out among the workers.
@@ -129,6 +130,7 @@ def compress(
         roles.modules,
         bits=bits,
         embeddings_bits=embeddings_bits,
+        rates=rates,
         window=EFFORTS[effort].window,
         include=include,
         exclude=exclude,
@@ -138,7 +140,7 @@ def compress(
     _check_plan(plan, src)
     source.check_values(dense, frozenset(entry.name for entry in plan.seeded))
     settings = {"bits": float(bits), "effort": effort, "include": list(include), "exclude": list(exclude)}
-    settings |= {"embeddings_bits": embeddings_bits, "seed": seed}
+    settings |= {"embeddings_bits": embeddings_bits, "rates": dict(rates or {}), "seed": seed}
     work = dst.parent / f".{dst.name}.rbe-partial"
     if threads is None and workers > 1:
         threads = max(1, (os.cpu_count() or 1) // workers)
