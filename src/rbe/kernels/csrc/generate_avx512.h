@@ -107,8 +107,9 @@ inline const Generator& generator(const Matrix& m) {
 // gives up at every page: without this a product from memory takes three times as long as one from cache.
 constexpr int AHEAD = 4096;
 
-inline void ask_ahead(const Matrix& m, const uint8_t* block) {
-    for (int k = 0; k < m.block_bytes(); k += 64) _mm_prefetch(reinterpret_cast<const char*>(block + AHEAD + k), _MM_HINT_T0);
+inline void ask_ahead(const uint8_t* block, int64_t bytes) {
+    for (int64_t k = 0; k < bytes; k += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(block + AHEAD + k), _MM_HINT_T0);
 }
 
 // Reads begin before a block and run past its end; at the ends of the seeds they go to a copy.
@@ -118,7 +119,7 @@ inline const uint8_t* inside(const Matrix& m, const uint8_t* block, Padded& padd
 }
 
 inline const uint8_t* readable(const Matrix& m, const uint8_t* block, Padded& padded) {
-    ask_ahead(m, block);
+    ask_ahead(block, m.block_bytes());
     return inside(m, block, padded);
 }
 

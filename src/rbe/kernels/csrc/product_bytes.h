@@ -1,13 +1,14 @@
 // The product with few rows of x, on tiles. Included inside the anonymous namespace of the amx tier, after tiles.h.
 //
-// The bytes of the products go to the tile unit as they are generated, `lo` and `hi` one after the other, and a row of x
-// has each value twice in a row, for the two bytes of either half. So 32 weights take four vector instructions and two
-// stores, whatever x is, and the sums of the bytes are never formed; the tile unit has as many cycles. What limits this
-// is the stores: a product with dot-product instructions is slower although it has none (float: 9 instructions; 8 bits: 6).
+// The bytes of the products go to the tile unit as they are generated, `lo` and `hi` one after the other, and a row of
+// x has each value twice in a row, for the two bytes of either half. So 32 weights take four vector instructions and
+// two stores, whatever x is, and the sums of the bytes are never formed. What limits this is the stores, 1.3 cycles
+// each: measured 32 G weights/s for floats, where dot-product instructions (nine for 32 weights, or six for 8-bit
+// values, but no stores) come to 22, or 27.
 //
-// A step is two neighbouring blocks of a block row, in two tiles of eight generated vectors each: block by block, or, if
-// halved, even vectors and odd vectors (the upper and the lower eight rows). Halved vectors have other columns in odd
-// 64-bit lanes than in even ones, so there a digit of x is two tile rows, and of their sums half is thrown away.
+// A step is two neighbouring blocks of a block row, in two tiles of eight generated vectors each: block by block, or,
+// if halved, even vectors and odd vectors (the upper and the lower eight rows). Halved vectors have other columns in
+// odd 64-bit lanes than in even ones, so there a digit of x is two tile rows, and half of their sums is thrown away.
 #pragma once
 
 constexpr int BYTE_LAG = 4;   // tiles between writing and reading: fewer, and reads wait for writes to leave the buffer
@@ -34,7 +35,8 @@ struct ByteSpread {
             for (int c = 0; c < 2; c++) {
                 alignas(64) uint8_t from[64];
                 for (int k = 0; k < 64; k++)
-                    from[k] = static_cast<uint8_t>(4 * ((half ? 4 * (k / 8) + 2 * c : 2 * (k / 8) + 16 * c) + k % 4 / 2) + d);
+                    from[k] = static_cast<uint8_t>(
+                        4 * ((half ? 4 * (k / 8) + 2 * c : 2 * (k / 8) + 16 * c) + k % 4 / 2) + d);
                 index[d][c] = _mm512_load_si512(from);
             }
     }
@@ -78,8 +80,8 @@ struct ByteRun {
     Padded padded;
 };
 
-// Tile T of step s: T / 2 is the block row, T % 2 the tile. It is generated, and the one BYTE_LAG before it in the ring is
-// multiplied.
+// Tile T of step s: T / 2 is the block row, T % 2 the tile. It is generated, and the one BYTE_LAG before it in the
+// ring is multiplied.
 template <bool PAIRED, Gather HOW, Step DO, int COUNT, int T>
 [[gnu::always_inline]] inline void byte_tile(ByteRun& run, const Generator& g, int64_t s, int64_t at) {
     constexpr bool HALF = HOW == HALVED;
@@ -87,9 +89,7 @@ template <bool PAIRED, Gather HOW, Step DO, int COUNT, int T>
     const auto generate = [&](int part) __attribute__((always_inline)) {
         const int k = HALF ? part : T % 2;
         const uint8_t* block = run.row + T / 2 * run.row_bytes + (2 * s + k) * block_bytes;
-        if (part == T % 2)
-            for (int64_t c = 0; c < block_bytes; c += 64)
-                _mm_prefetch(reinterpret_cast<const char*>(block + AHEAD + c), _MM_HINT_T0);
+        if (part == T % 2) ask_ahead(block, block_bytes);
         // Past an odd number of blocks the activations are zero: any readable block will do.
         if (DO != INNER) block = inside(run.m, 2 * s + k < run.m.block_cols ? block : run.m.seeds, run.padded);
         uint8_t* out = run.ring + (at + T) % BYTE_RING * 1024 + part * 512;
@@ -128,7 +128,8 @@ void byte_sums_of(const Matrix& m, const Generator& constants, const BytePlan& p
     constexpr int64_t BEHIND = BYTE_LAG / (2 * COUNT);
     alignas(4096) uint8_t ring[BYTE_RING * 1024];
     const Generator g = constants;  // a copy stays in registers
-    ByteRun run{m, m.block(i, 0), x, m.block_cols * m.block_bytes(), int64_t{64} * plan.rows, plan.step_bytes(), ring, {}};
+    ByteRun run{m,    m.block(i, 0), x, m.block_cols * m.block_bytes(), int64_t{64} * plan.rows, plan.step_bytes(),
+                ring, {}};
     zero_sums();
     int64_t s = begin, at = 0;
     byte_steps<PAIRED, HOW, ONLY_GENERATE, COUNT>(run, g, s, std::min(begin + BEHIND, end), at);
@@ -143,6 +144,7 @@ void byte_sums_of(const Matrix& m, const Generator& constants, const BytePlan& p
 // Adds the sums of one block row, from its two tiles.
 inline void add_byte_sums(const BytePlan& plan, int64_t b, const int32_t (*tiles)[ROWS * 16], int64_t* sums) {
     const __m512i rows = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 13, 12, 9, 8, 5, 4, 1, 0);
+    const __m512i others = _mm512_add_epi32(rows, _mm512_set1_epi32(2));
     for (int h = 0; h < 2; h++) {
         __m512i s = _mm512_setzero_si512();
         for (int d = plan.digits - 1; d >= 0; d--) {
@@ -152,7 +154,7 @@ inline void add_byte_sums(const BytePlan& plan, int64_t b, const int32_t (*tiles
                 const __m512i first = _mm512_loadu_si512(tiles[h] + 32 * line);
                 const __m512i last = _mm512_loadu_si512(tiles[h] + 32 * line + 16);
                 one = _mm512_castsi512_si256(_mm512_permutexvar_epi32(rows, first));
-                two = _mm512_castsi512_si256(_mm512_permutexvar_epi32(_mm512_add_epi32(rows, _mm512_set1_epi32(2)), last));
+                two = _mm512_castsi512_si256(_mm512_permutexvar_epi32(others, last));
             } else {
                 one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tiles[0] + 16 * line + 8 * h));
                 two = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tiles[1] + 16 * line + 8 * h));

@@ -95,51 +95,56 @@ inline void store_sums(int32_t (*sums)[ROWS * 16]) {
     if (COUNT > 3) store_tile<3>(sums[3]);
 }
 
-// One tile of generated weights times COUNT tiles of activations.
-template <int COUNT>
-inline void multiply(const uint8_t* weights, const uint8_t* x, int64_t apart) {
-    load_tile<6>(weights);
-    load_tile<4>(x);
-    dot_tile<0, 4, 6>();
-    if (COUNT > 1) {
-        load_tile<5>(x + apart);
-        dot_tile<1, 5, 6>();
-    }
-    if (COUNT > 2) {
-        load_tile<4>(x + 2 * apart);
-        dot_tile<2, 4, 6>();
-    }
-    if (COUNT > 3) {
-        load_tile<5>(x + 3 * apart);
-        dot_tile<3, 5, 6>();
-    }
-}
-
-// Tile `step` of block row i.
+// Block j of block row i, half a tile.
 template <bool PAIRED, Gather HOW>
-[[gnu::always_inline]] inline void generate(const Matrix& m, const Generator& g, int64_t i, int64_t step, Padded& padded, uint8_t* out) {
-    for (int64_t j = 2 * step; j < 2 * step + 2; j++, out += 512) {
-        // Past an odd number of blocks the activations are zero: any readable block will do.
-        const uint8_t* block = readable(m, m.block(i, std::min(j, m.block_cols - 1)), padded);
+[[gnu::always_inline]] inline void generate(const Matrix& m, const Generator& g, int64_t i, int64_t j, Padded& padded,
+                                            uint8_t* out) {
+    // Past an odd number of blocks the activations are zero: any readable block will do.
+    const uint8_t* block = readable(m, m.block(i, std::min(j, m.block_cols - 1)), padded);
 #pragma GCC unroll 8
-        for (int p = 0; p < EDGE / 2; p++) {
-            __m512i lo, hi;
-            g.products<PAIRED, HOW>(block, p, lo, hi);
-            _mm512_store_si512(out + 64 * p, byte_sums(lo, hi));
-        }
+    for (int p = 0; p < EDGE / 2; p++) {
+        __m512i lo, hi;
+        g.products<PAIRED, HOW>(block, p, lo, hi);
+        _mm512_store_si512(out + 64 * p, byte_sums(lo, hi));
     }
 }
 
-// Few activations: each tile of weights is multiplied shortly after it was generated.
+// Few activations: each tile of weights is multiplied shortly after it was generated, its tile instructions among the
+// vector instructions that generate another, so that both units are busy at once.
+template <bool PAIRED, Gather HOW, int COUNT, int WEIGHTS>
+[[gnu::always_inline]] inline void stream_step(const Matrix& m, const Generator& g, const Plan& plan, const uint8_t* x,
+                                               int64_t i, int64_t s, uint8_t (*ring)[1024], Padded& padded) {
+    uint8_t* out = ring[s % (2 * LAG)];
+    const bool more = s < plan.steps, multiply = s >= LAG && s < plan.steps + LAG;
+    const int64_t apart = plan.apart();
+    x += (s - LAG) * plan.tile_bytes();
+    if (more) generate<PAIRED, HOW>(m, g, i, 2 * s, padded, out);
+    if (multiply) {
+        load_tile<WEIGHTS>(ring[(s - LAG) % (2 * LAG)]);
+        load_tile<4>(x);
+        dot_tile<0, 4, WEIGHTS>();
+        if constexpr (COUNT > 1) load_tile<5>(x + apart);
+        if constexpr (COUNT > 1) dot_tile<1, 5, WEIGHTS>();
+    }
+    if (more) generate<PAIRED, HOW>(m, g, i, 2 * s + 1, padded, out + 512);
+    if (multiply) {
+        if constexpr (COUNT > 2) load_tile<4>(x + 2 * apart);
+        if constexpr (COUNT > 2) dot_tile<2, 4, WEIGHTS>();
+        if constexpr (COUNT > 3) load_tile<5>(x + 3 * apart);
+        if constexpr (COUNT > 3) dot_tile<3, 5, WEIGHTS>();
+    }
+}
+
 template <bool PAIRED, Gather HOW, int COUNT>
-void stream(const Matrix& m, const Generator& constants, const Plan& plan, const uint8_t* x, int64_t i, int32_t (*sums)[ROWS * 16]) {
+void stream(const Matrix& m, const Generator& constants, const Plan& plan, const uint8_t* x, int64_t i,
+            int32_t (*sums)[ROWS * 16]) {
     alignas(64) uint8_t ring[2 * LAG][1024];
     const Generator g = constants;  // a copy stays in registers
     Padded padded;
     zero_sums();
-    for (int64_t s = 0; s < plan.steps + LAG; s++) {
-        if (s < plan.steps) generate<PAIRED, HOW>(m, g, i, s, padded, ring[s % (2 * LAG)]);
-        if (s >= LAG) multiply<COUNT>(ring[(s - LAG) % (2 * LAG)], x + (s - LAG) * plan.tile_bytes(), plan.apart());
+    for (int64_t s = 0; s < plan.steps + LAG; s += 2) {
+        stream_step<PAIRED, HOW, COUNT, 6>(m, g, plan, x, i, s, ring, padded);
+        stream_step<PAIRED, HOW, COUNT, 7>(m, g, plan, x, i, s + 1, ring, padded);
     }
     store_sums<COUNT>(sums);
 }
@@ -213,8 +218,8 @@ void panels(const Matrix& m, const Generator& constants, const Activations& a, c
     for (int64_t k = 0; k < count; k++) {
         const int64_t first = k * plan.steps / count, steps = (k + 1) * plan.steps / count - first;
         for (int i = 0; i < bands; i++)
-            for (int64_t s = 0; s < steps; s++)
-                generate<PAIRED, HOW>(m, g, begin + i, first + s, padded, ws.weights[i][s]);
+            for (int64_t j = 0; j < 2 * steps; j++)
+                generate<PAIRED, HOW>(m, g, begin + i, 2 * first + j, padded, ws.weights[i][0] + 512 * j);
         for (int t = 0; t < plan.tiles; t += 2)
             for (int i = 0; i < bands; i += 2) {
                 const int high = std::min(2, bands - i), wide = std::min(2, plan.tiles - t);
