@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,8 @@ def _config(path: Path) -> dict[str, Any]:
         hint = f"; for a bare file give {path / files[0]}" if files else ""
         raise RbeError(f"{path} is not a transformers model folder: it has no config.json{hint}")
     config = shards.read_json(path / "config.json")
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    about = config.get("quantization_config") or {}
+    method = about.get("quant_method") if isinstance(about, dict) else "unknown method"
     if method == "rbe":
         raise RbeError(f"{path} is compressed already; give the dense model, or restore one with `rbe decompress`")
     if method is not None or "quantization_config" in config:
@@ -202,18 +203,27 @@ def roles(source: Source) -> Roles:
     try:
         model = _build(source)
     except Exception as cause:  # whatever remote or future architectures raise, the names are still there
-        what = (source.config.get("architectures") or [source.config.get("model_type")])[0]
+        what = architecture(source.config) or source.config.get("model_type")
         first = str(cause).strip().partition("\n")[0]
         return Roles(remarks=(f"architecture {what} could not be built ({first}): layers were told apart by names",))
     return _roles_in(source, model)
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The class that a configuration names first; empty where it names none.
+
+    >>> architecture({"architectures": ["BertModel"]}), architecture({"architectures": 5})
+    ('BertModel', '')
+    """
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
 
 
 def _build(source: Source) -> Any:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
-    names = (source.config or {}).get("architectures") or []
-    build = getattr(transformers, names[0], None) if names else None
+    build = getattr(transformers, architecture(source.config or {}), None)
     with torch.device("meta"):
         if build is None:
             return transformers.AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]

@@ -1,6 +1,10 @@
 """The command line: `rbe compress`, `inspect`, `verify`, `eval`, `decompress`, `report`, `profile`, `generate`."""
 
+import json
 import sys
+
+# What command lines end with that cannot be understood.
+_USAGE = 2
 
 
 def main() -> None:
@@ -13,4 +17,11 @@ def main() -> None:
         # Nothing but the standard library may be used to say this.
         print(f"rbe: the command line needs {cause.name}; install it with: pip install 'rbe[cli]'", file=sys.stderr)
         sys.exit(1)
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == _USAGE and "--json" in sys.argv:
+            # The parser has said it on standard error already.
+            said = getattr(end.__context__, "format_message", lambda: "wrong usage; see --help")()
+            print(json.dumps({"error": said}))
+        raise

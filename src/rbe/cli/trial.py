@@ -18,6 +18,7 @@ from torch import nn
 
 from rbe import evaluate, profile
 from rbe.errors import RbeError
+from rbe.source import architecture
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def is_compressed(folder: Path) -> bool:
     """Whether a folder says that it holds seeds."""
-    return (read_config(folder).get("quantization_config") or {}).get("quant_method") == "rbe"
+    about = read_config(folder).get("quantization_config")
+    return isinstance(about, dict) and about.get("quant_method") == "rbe"
 
 
 def is_model(folder: Path) -> bool:
@@ -122,8 +124,7 @@ def load(folder: Path, activations: str = "float32") -> Any:
         return rbe.hf.load(folder, activations=activations, dtype=torch.float32).eval()
     if activations != "float32":
         raise RbeError(f"{folder} is a dense model; activations {activations!r} are for models in seeds")
-    names = config.get("architectures") or ["AutoModel"]
-    model_class = getattr(transformers, names[0], None) or transformers.AutoModel
+    model_class = getattr(transformers, architecture(config) or "AutoModel", None) or transformers.AutoModel
     try:
         model = model_class.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as cause:
@@ -233,7 +234,7 @@ def warm(folder: Path) -> Any:
     """
     quiet()
     transformers = require_transformers("running a model")
-    getattr(transformers, (read_config(folder).get("architectures") or ["AutoModel"])[0], None)
+    getattr(transformers, architecture(read_config(folder)) or "AutoModel", None)
     x = torch.ones(64, 64)
     torch.nn.functional.gelu(x @ x).softmax(-1)
     return load_tokenizer(folder)

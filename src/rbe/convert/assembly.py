@@ -14,7 +14,7 @@ from rbe.convert.encoding import Progress
 from rbe.convert.journal import Journal
 from rbe.formats import SeedSpec
 from rbe.shards import Outgoing
-from rbe.source import Roles, Source
+from rbe.source import Roles, Source, architecture
 
 
 def assemble(
@@ -71,7 +71,7 @@ def _card(dense: Source, plan: Plan) -> str:
         load += 'matrices, others = checkpoint.load_matrices(Path("this-folder"))\n'
         load += "matrices[name].matmul(x)      # name is that of the tensor, without .weight"
     else:
-        name = ((dense.config or {}).get("architectures") or ["AutoModel"])[0]
+        name = architecture(dense.config or {}) or "AutoModel"
         load = (
             "import rbe.hf                 # without this line transformers would fill the layers with random weights\n"
         )

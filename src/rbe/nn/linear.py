@@ -135,7 +135,10 @@ class Linear(Seeded):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features), in x's dtype."""
         y = self._ready().matmul(x, self.activations)
-        return y if self.bias is None else y + self.bias
+        if self.bias is None:
+            return y
+        y = y + self.bias
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Shapes and rate."""

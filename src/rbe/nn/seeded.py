@@ -13,6 +13,8 @@ from rbe.matrix import SeedMatrix
 
 ACTIVATIONS = ("float32", "int8")
 _STORED = ("seeds", "scale", "row_scale")
+# Beside the version of a module in the metadata of a state dict.
+_SPEC = "rbe.spec"
 
 
 class Seeded(nn.Module):
@@ -126,6 +128,28 @@ class Seeded(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}  # a binding holds raw addresses
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        about = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if about is not None:
+            about[_SPEC] = self.spec.to_json()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any, unexpected_keys: Any,
+        error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        # Seeds of another window or rotation have the same shape, and would make other weights without a word.
+        stored = local_metadata.get(_SPEC)
+        if stored is not None and stored != self.spec.to_json():
+            error_msgs.append(
+                f"{prefix.removesuffix('.')}: the state is of a layer with {SeedSpec.from_json(stored)}, this one has "
+                f"{self.spec}; compress both models with the same settings, or use rbe.save and rbe.load"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers.get(name) for name in ("scale", "row_scale")}

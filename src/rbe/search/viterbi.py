@@ -186,6 +186,10 @@ def search(
 
 def _source(W: Tensor) -> tuple[Tensor, int]:
     """A float32 copy of W scaled by a power of two to at most 1, and the exponent that undoes it."""
+    if not isinstance(W, Tensor):
+        raise RbeError(f"encode: the matrix is a {type(W).__name__}; give a torch.Tensor: torch.as_tensor(it)")
+    if W.layout != torch.strided:
+        raise RbeError(f"encode: the matrix is stored as {W.layout}; make it dense first: to_dense()")
     if W.ndim != 2:
         raise RbeError(
             f"encode: the matrix is {W.ndim}-D {tuple(W.shape)}; "
@@ -230,7 +234,9 @@ def _rotation(shape: tuple[int, int], rotate: bool | str, seed: int) -> tuple[in
     sides = {True: (True, True), "in": (False, True), False: (False, False)}
     if not isinstance(rotate, bool | str) or rotate not in sides:
         raise RbeError(f"encode: rotate={rotate!r} is not offered; choose True (both sides), 'in' (features) or False")
-    drawn = fmix32(torch.tensor([2 * seed + 1, 2 * seed + 2]) & 0xFFFFFFFF).tolist()
+    if not isinstance(seed, int):
+        raise RbeError(f"encode: seed {seed!r} is a {type(seed).__name__}; give an integer")
+    drawn = fmix32(torch.tensor([(2 * seed + k) & 0xFFFFFFFF for k in (1, 2)])).tolist()
     out, in_ = (max(1, s) if wanted and n > 1 else 0 for s, wanted, n in zip(drawn, sides[rotate], shape, strict=True))
     return out, in_
 
