@@ -17,7 +17,7 @@ namespace rbe {
 namespace {
 
 constexpr int64_t PACKED = int64_t{4} << 20;  // bytes of packed activations that a call aims to stay under
-constexpr int64_t ALONE = 512;  // blocks (times rows of x, by fours) below which a second thread does not pay
+constexpr int64_t ALONE = 1024; // blocks (times rows of x, by fours) below which a second thread does not pay
 
 const char* const ORDER[] = {"portable", "avx2", "avx512", "amx"};
 
@@ -201,7 +201,7 @@ void matmul(const Call& call) {
     const Matrix& m = *call.matrix;
     const Tier& t = tier();
     Activations a{8, m.padded_cols(), call.int8, nullptr};
-    const int64_t most = std::clamp<int64_t>(8 * PACKED / static_cast<int64_t>(t.packed_bytes(m, a)), 12, 96);
+    const int64_t most = std::clamp<int64_t>(8 * PACKED / static_cast<int64_t>(t.packed_bytes(m, a)), 12, 256);
     for (int64_t b = 0; b < call.batch; b += most) {
         a.batch = std::min(most, call.batch - b);
         multiply(t, m, a, call.x + b * m.cols, call.y + b * m.rows, call.threads);

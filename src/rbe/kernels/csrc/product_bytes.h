@@ -21,7 +21,8 @@ struct BytePlan {
     int64_t steps;
     BytePlan(const Matrix& m, const Activations& a)
         : half(m.w == 4), digits(a.int8 ? 1 : 4),
-          rows(static_cast<int>(std::min<int64_t>(a.batch, 2 * ROWS)) * digits * (half ? 2 : 1)), steps((a.cols + STEP - 1) / STEP) {}
+          rows(static_cast<int>(std::min<int64_t>(a.batch, 2 * ROWS)) * digits * (half ? 2 : 1)),
+          steps((a.cols + STEP - 1) / STEP) {}
     int64_t step_bytes() const { return int64_t{64} * rows * (half ? 1 : 2); }
     size_t bytes(const Activations& a) const { return static_cast<size_t>(steps * step_bytes() + 8 * a.batch); }
     bool fits() const { return rows <= ROWS; }

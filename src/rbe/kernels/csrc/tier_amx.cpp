@@ -27,7 +27,7 @@ namespace {
 constexpr int TILES = 4;    // tiles of activations multiplied at once
 constexpr int PANEL = 12;   // tiles of generated weights along a panel
 constexpr int BANDS = 8;    // block rows of a panel
-constexpr int MOST_TILES = 32;  // 96 rows of x, as many as a call brings
+constexpr int MOST_TILES = 88;  // 256 rows of x, as many as a call brings
 constexpr int LAG = 2;      // tiles between writing and reading, so that no read waits for a write
 
 struct Plan {
@@ -74,7 +74,8 @@ void pack(const Matrix& m, const Activations& a, int64_t b, const int32_t* x) {
     static const Spread wide(4), narrow(1);
     const Spread& spread = a.int8 ? narrow : wide;
     const Plan plan(a);
-    uint8_t* out = static_cast<uint8_t*>(a.packed) + b / plan.per_tile * plan.apart() + b % plan.per_tile * plan.per_row * 64;
+    uint8_t* out = static_cast<uint8_t*>(a.packed) + b / plan.per_tile * plan.apart();
+    out += b % plan.per_tile * plan.per_row * 64;
     for (int64_t s = 0; s < plan.steps; s++) {
         __m512i v[2];
         for (int h = 0; h < 2; h++) v[h] = signed_digits(_mm512_loadu_si512(x + STEP * s + 16 * h));
@@ -208,8 +209,8 @@ void multiply_panel(const Plan& plan, const Corner& c, bool first, int32_t* cons
 
 // Block rows from `begin`, whose sums begin at `sums`.
 template <bool PAIRED, Gather HOW>
-void panels(const Matrix& m, const Generator& constants, const Activations& a, const Plan& plan, int64_t begin, int bands,
-            int64_t* sums, int64_t stride) {
+void panels(const Matrix& m, const Generator& constants, const Activations& a, const Plan& plan, int64_t begin,
+            int bands, int64_t* sums, int64_t stride) {
     Workspace& ws = *workspace;
     const Generator g = constants;  // a copy stays in registers
     Padded padded;
