@@ -17,7 +17,7 @@ namespace rbe {
 namespace {
 
 constexpr int64_t PACKED = int64_t{4} << 20;  // bytes of packed activations that a call aims to stay under
-constexpr int64_t ALONE = 1024; // blocks (times rows of x, by fours) below which a second thread does not pay
+constexpr int64_t ALONE = 1024;  // blocks (times rows of x, by fours) below which a second thread does not pay
 
 const char* const ORDER[] = {"portable", "avx2", "avx512", "amx"};
 
@@ -165,11 +165,11 @@ void multiply(const Tier& t, const Matrix& m, Activations a, const float* x, flo
         units[static_cast<size_t>(b)] = to_fixed(t, row, m.cols, a.int8, values) * *m.scale;
         t.pack(m, a, b, values);
     });
-    // Bands of a few block rows: large enough to hide the hand-out, small enough to share two unequal cores evenly. An even
-    // number of them, because the tiers take two at a time.
+    // Bands of a few block rows: large enough to hide the hand-out, small enough to share two unequal cores evenly. An
+    // even number of them, because the tiles take two at a time.
     const int64_t work = m.block_rows * m.block_cols * (batch + 3) / 4;
     threads = work < ALONE ? 1 : threads;
-    const int64_t band = std::clamp<int64_t>(m.block_rows / ((batch > 8 ? 4 : 16) * threads) * 2, 2, 8);
+    const int64_t pairs = m.block_rows / ((batch > 8 ? 4 : 16) * threads), band = std::clamp<int64_t>(2 * pairs, 2, 8);
     const int64_t bands = (m.block_rows + band - 1) / band;
     std::atomic<int64_t> next{0};
     parallel(threads, threads, [&](int64_t) {

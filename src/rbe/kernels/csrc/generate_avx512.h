@@ -103,8 +103,8 @@ inline const Generator& generator(const Matrix& m) {
     return constants;
 }
 
-// How far ahead seeds are asked for. A block takes longer to multiply than to stream, but the processor's own prefetcher
-// gives up at every page: without this a product from memory takes three times as long as one from cache.
+// How far ahead seeds are asked for. A block takes longer to multiply than to stream, but the processor's own
+// prefetcher gives up at every page: without this a product from memory takes three times as long as one from cache.
 constexpr int AHEAD = 4096;
 
 inline void ask_ahead(const uint8_t* block, int64_t bytes) {
