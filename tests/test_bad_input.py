@@ -1,17 +1,21 @@
 """Input that nobody means to give, each answered with one clear sentence."""
 
+import errno
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import rbe
-from rbe import RbeError, source
+from rbe import RbeError, convert, shards, source
 from rbe.nn import Linear
 
 RBE = [sys.executable, "-c", "from rbe.cli import main; main()"]
@@ -99,3 +103,67 @@ def test_a_lazy_layer_is_left_alone_and_a_bad_weight_is_named():
     with pytest.raises(RbeError, match=r"^1\.weight: .*\(3, 4\)"):
         rbe.compress_(model, effort="fast")
     assert type(model[0]) is nn.Linear
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A bare file, and the folder it was compressed to."""
+    save_file({"a.weight": torch.randn(96, 96)}, tmp_path / "a.safetensors")
+    convert.compress(tmp_path / "a.safetensors", tmp_path / "seeds", effort="fast")
+    return tmp_path / "a.safetensors", tmp_path / "seeds"
+
+
+@pytest.mark.parametrize("wrong", [OSError(errno.EFBIG, "File too large"), KeyboardInterrupt()])
+def test_a_restoration_that_fails_leaves_nothing_behind(weights, tmp_path, monkeypatch, wrong):
+    def put(file, data):
+        raise wrong
+
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(shards, "put", put)
+    with pytest.raises((RbeError, KeyboardInterrupt), match=r"larger than this system allows|^$"):
+        convert.decompress(weights[1], tmp_path / "dense")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_file_that_becomes_too_large_says_what_is_kept(weights, tmp_path, monkeypatch):
+    def put(file, data):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(shards, "put", put)
+    with pytest.raises(RbeError, match=r"larger than this system allows.*is kept"):
+        convert.compress(weights[0], tmp_path / "again", effort="fast")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names there are always text")
+def test_a_name_that_is_no_text_is_no_trouble_and_that_of_a_copied_file_is_refused_at_once(tmp_path, bert):
+    folder = tmp_path / os.fsdecode(b"model\xff")
+    shutil.copytree(bert, folder)
+    convert.compress(folder, tmp_path / "seeds", effort="fast")
+    assert "model?" in (tmp_path / "seeds" / "README.md").read_text()
+    pytest.importorskip("typer")
+    told = subprocess.run(
+        [*RBE, "inspect", folder, "--json"], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert "not compressed" in json.loads(told.stdout)["error"]
+    (folder / os.fsdecode(b"notes\xff")).write_text("x")
+    with pytest.raises(RbeError, match="rename the file"):
+        source.open_source(folder)
+
+
+def test_the_folder_one_stands_in_has_a_name(tmp_path, bert, monkeypatch):
+    monkeypatch.chdir(bert)
+    assert source.open_source(Path()).name == bert.name
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RbeError, match="is not a folder"):
+        rbe.load(tmp_path / "file")
+
+
+def test_numbers_too_large_to_be_rotated_are_refused_and_not_stored_as_nan(tmp_path):
+    torch.manual_seed(0)
+    save_file({"a.weight": 5e37 * torch.randn(64, 64)}, tmp_path / "a.safetensors")
+    with pytest.raises(RbeError, match=r"a\.weight: its largest number"):
+        convert.compress(tmp_path / "a.safetensors", tmp_path / "seeds", effort="fast")
+    assert not (tmp_path / "seeds").exists()

@@ -322,8 +322,8 @@ def test_an_interrupt_keeps_the_work_and_the_same_command_goes_on(tmp_path: Path
     save_file({f"layer.{k}.weight": torch.randn(384, 512) for k in range(10)}, source)
     command = [*RBE, "compress", str(source), str(target), "--threads", "1", "--effort", "fast"]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    journal = tmp_path / ".out.rbe-partial"
-    while run.poll() is None and len(list(journal.glob("**/*.safetensors"))) < 1:
+    journal = tmp_path / ".out.rbe-partial" / "journal.jsonl"
+    while run.poll() is None and not (journal.is_file() and journal.read_bytes().count(b"\n") > 1):
         time.sleep(0.01)
     run.send_signal(signal.SIGINT)
     _, error = run.communicate(timeout=60)

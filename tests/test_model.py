@@ -10,6 +10,7 @@ from torch import nn
 
 import rbe
 import rbe.hf
+from rbe import convert
 from rbe import model as model_module
 from rbe.checkpoint import read_fingerprint
 from rbe.errors import CorruptFile, RbeError
@@ -172,3 +173,33 @@ def test_save_pretrained_alone_is_told_apart(gpt2: Path, tmp_path: Path) -> None
         rbe.load(tmp_path / "absent")
     with pytest.raises(RbeError, match="not a compressed model"):
         rbe.load(gpt2)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_architecture_whose_files_have_older_names_comes_back(tmp_path: Path, loaded: bool) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    model = ViTForImageClassification(
+        ViTConfig(
+            hidden_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            image_size=16,
+            patch_size=8,
+            num_labels=3,
+        )
+    ).eval()
+    x = torch.randn(2, 3, 16, 16)
+    if loaded:
+        model.save_pretrained(tmp_path / "dense")
+        convert.compress(tmp_path / "dense", tmp_path / "seeds", effort="fast")
+        model = rbe.load(tmp_path / "seeds")
+    else:
+        rbe.compress_(model, effort="fast")
+    rbe.save(model, tmp_path / "again")
+    assert torch.equal(rbe.load(tmp_path / "again")(x).logits, model(x).logits)
+    convert.decompress(tmp_path / "again", tmp_path / "restored")
+    restored = ViTForImageClassification.from_pretrained(tmp_path / "restored").eval()
+    assert torch.allclose(restored(x).logits, model(x).logits, atol=1e-4)

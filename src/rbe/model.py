@@ -141,7 +141,8 @@ def _save_transformers(model: Any, work: Path, max_shard_size: int) -> None:
 
     if getattr(model, "hf_quantizer", None) is None:
         hf.attach(model)
-    model.save_pretrained(work, max_shard_size=max_shard_size)
+    # Not under the names of older files, which some architectures translate: the description has the model's own.
+    model.save_pretrained(work, max_shard_size=max_shard_size, save_original_format=False)
     name = type(model).__name__
     code = f"import rbe.hf\nfrom transformers import {name}\n\nmodel = {name}.from_pretrained('this-folder')"
     _write_card(

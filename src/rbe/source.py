@@ -50,6 +50,12 @@ class Source:
         """Whether it is one file without a model configuration."""
         return self.config is None
 
+    @property
+    def name(self) -> str:
+        """Of the folder or file, for people: what is no text in it is replaced."""
+        named = self.path if self.path.name not in ("", "..") else self.path.resolve()
+        return named.name.encode(errors="replace").decode()
+
     def fingerprint(self) -> str:
         """Changes when a file does: names, sizes, times of change, headers, and all of config.json."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
@@ -171,6 +177,10 @@ def _others(path: Path, files: tuple[Path, ...]) -> Iterator[Path]:
             or relative.name.endswith((".safetensors.index.json", ".bin.index.json", ".h5.index.json"))
         ):
             continue
+        try:
+            relative.as_posix().encode()
+        except UnicodeEncodeError:
+            raise RbeError(f"{path}: the name of {relative!r} is no text; rename the file, or move it away") from None
         yield relative
 
 
@@ -313,8 +323,8 @@ def check_values(source: Source, encoded: frozenset[str]) -> None:
             if where is not None:
                 index, value = where
                 raise RbeError(
-                    f"{source.path}: {name}[{', '.join(map(str, index))}] is {value}; a weight must be finite: "
-                    "repair the model, or fetch it again"
+                    f"{source.path}: {name}[{', '.join(map(str, index))}] is {value}; "
+                    "a weight must be finite in float32: repair the model, or fetch it again"
                 )
 
 

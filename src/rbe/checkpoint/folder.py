@@ -123,7 +123,8 @@ def read_index(dst: Path) -> dict[str, Any]:
     """
     path = dst / INDEX
     if not dst.is_dir():
-        raise RbeError(f"{dst} does not exist; give a folder that `rbe compress` wrote")
+        wrong = "is not a folder" if dst.exists() else "does not exist"
+        raise RbeError(f"{dst} {wrong}; give a folder that `rbe compress` wrote")
     if not path.is_file() and not (dst / CONFIG).is_file():
         raise RbeError(f"{dst} is not a compressed model: it has no {INDEX}; give a folder that `rbe compress` wrote")
     index = shards.read_json(path)

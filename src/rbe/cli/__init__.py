@@ -1,5 +1,6 @@
 """The command line: `rbe compress`, `inspect`, `verify`, `eval`, `decompress`, `report`, `profile`, `generate`."""
 
+import io
 import json
 import sys
 
@@ -17,6 +18,8 @@ def main() -> None:
         # Nothing but the standard library may be used to say this.
         print(f"rbe: the command line needs {cause.name}; install it with: pip install 'rbe[cli]'", file=sys.stderr)
         sys.exit(1)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except SystemExit as end:

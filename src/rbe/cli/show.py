@@ -34,7 +34,8 @@ def line(text: str) -> None:
 
 def machine(value: dict[str, Any]) -> None:
     """One JSON object on standard output. Infinities and NaN, which JSON has not, become null."""
-    sys.stdout.write(json.dumps(_plain(value), ensure_ascii=False, default=str) + "\n")
+    # Escapes and not letters: a path may hold what the stream's encoding does not.
+    sys.stdout.write(json.dumps(_plain(value), default=str) + "\n")
     sys.stdout.flush()
 
 

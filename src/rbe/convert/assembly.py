@@ -51,7 +51,7 @@ def assemble(
     for name in dense.others:
         target = name.as_posix()
         copied["README.source.md" if target == checkpoint.CARD else target] = dense.path / name
-    about = {"name": dense.path.name, "bare": dense.bare, "bytes": plan.source_bytes, "metadata": dense.metadata}
+    about = {"name": dense.name, "bare": dense.bare, "bytes": plan.source_bytes, "metadata": dense.metadata}
     contents = Contents(
         modules=modules,
         config=dense.config or {},
@@ -79,8 +79,8 @@ def _card(dense: Source, plan: Plan) -> str:
     rates = sorted({f"{entry.spec.bits:g}" for entry in plan.seeded if entry.spec is not None})
     share = sum(entry.weights for entry in plan.seeded) / max(1, plan.weights)
     return (
-        f"# {dense.path.name}, stored as seeds\n\n"
-        f"{len(plan.seeded)} matrices with {100 * share:.1f} % of the {plan.weights:,} numbers of `{dense.path.name}` "
+        f"# {dense.name}, stored as seeds\n\n"
+        f"{len(plan.seeded)} matrices with {100 * share:.1f} % of the {plan.weights:,} numbers of `{dense.name}` "
         f"are stored at {', '.join(rates)} bits each and generated where they are used. The rest is as it was.\n\n"
         f"```python\n{load}\n```\n\n"
         "`rbe inspect` shows what is inside, `rbe verify` checks that it is intact and that the model answers as it\n"

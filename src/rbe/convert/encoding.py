@@ -1,5 +1,6 @@
 """Every matrix of a plan to seeds, in this process or in several, each finished one entered in the journal."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from rbe import allocate, checkpoint, search
 from rbe.allocate import Entry
 from rbe.convert.journal import Journal
+from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.metrics import shannon_floor
 from rbe.shards import Stored
@@ -137,6 +139,11 @@ def _encode(
     )
     tensors = {key: value.numpy() for key, value in matrix.to_tensors().items()}
     error = checkpoint.measured_error(matrix, weight)
+    if not math.isfinite(error):
+        raise RbeError(
+            f"{entry.name}: its largest number, {float(weight.abs().max()):.3g}, leaves no room in float32 for the "
+            "rotation; exclude it, or rescale the layer"
+        )
     record = {"spec": matrix.spec.to_json(), "error": error, "seconds": time.monotonic() - began}
     return job.number, tensors, record
 

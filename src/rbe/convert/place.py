@@ -10,6 +10,11 @@ from pathlib import Path
 from rbe import checkpoint, shards
 from rbe.errors import RbeError
 
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk is full",
+    errno.EFBIG: "a file became larger than this system allows",
+}
 # Headers, index, configuration and model card, beside the tensors and the copied files.
 BESIDE = 1 << 20
 
@@ -110,12 +115,12 @@ def disk_errors(dst: Path, work: Path, resumes: bool) -> Iterator[None]:
     try:
         yield
     except OSError as cause:
-        if cause.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         shutil.rmtree(work / "out" if resumes else work, ignore_errors=True)
         kept = f"what is done is kept in {work}; " if resumes else "nothing was left behind; "
         raise RbeError(
-            f"the disk is full: {dst} could not be written; {kept}free some space and run the same command again"
+            f"{_FULL[cause.errno]}: {dst} could not be written; {kept}free some space and run the same command again"
         ) from cause
 
 

@@ -55,14 +55,16 @@ def decompress(
         work.mkdir(parents=True, exist_ok=True)
         with place.lock(work):
             whole = work / "out"
-            shutil.rmtree(whole, ignore_errors=True)
-            whole.mkdir()
-            _write_dense(whole, folder, tensors, dtype, shard_size)
-            if bare and out.suffix == ".safetensors":
-                next(whole.glob("*.safetensors")).replace(out)
-            else:
-                place.publish(whole, out)
-        shutil.rmtree(work, ignore_errors=True)
+            try:
+                shutil.rmtree(whole, ignore_errors=True)
+                whole.mkdir()
+                _write_dense(whole, folder, tensors, dtype, shard_size)
+                if bare and out.suffix == ".safetensors":
+                    next(whole.glob("*.safetensors")).replace(out)
+                else:
+                    place.publish(whole, out)
+            finally:  # nothing is taken up again, so that nothing may stay
+                shutil.rmtree(work, ignore_errors=True)
     return out
 
 
