@@ -167,3 +167,32 @@ def test_numbers_too_large_to_be_rotated_are_refused_and_not_stored_as_nan(tmp_p
     with pytest.raises(RbeError, match=r"a\.weight: its largest number"):
         convert.compress(tmp_path / "a.safetensors", tmp_path / "seeds", effort="fast")
     assert not (tmp_path / "seeds").exists()
+
+
+def test_a_report_replaces_only_a_page(weights):
+    pytest.importorskip("typer")
+    from rbe.cli import work
+
+    shard = next(weights[1].glob("*.safetensors"))
+    for foreign in (shard, weights[0], weights[1]):
+        with pytest.raises(RbeError, match="is no HTML page"):
+            work.report(weights[1], foreign, None, None, None, as_json=True)
+    shards.read_header(shard)
+    page = weights[1].with_name("page.html")
+    for _ in range(2):
+        work.report(weights[1], page, None, None, None, as_json=True)
+    assert page.read_text().lower().startswith("<!doctype html")
+
+
+def test_models_that_texts_cannot_run_are_refused():
+    pytest.importorskip("typer")
+    transformers = pytest.importorskip("transformers")
+    from rbe.cli import trial
+
+    with torch.device("meta"):
+        t5 = transformers.T5Model(transformers.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4))
+        vit = transformers.ViTModel(transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(RbeError, match="an encoder and a decoder"):
+        trial.works(t5, None)
+    with pytest.raises(RbeError, match="reads no text"):
+        trial.works(vit, None)

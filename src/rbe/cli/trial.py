@@ -163,8 +163,24 @@ def read_lines(text: Path | None) -> list[str] | None:
         raise RbeError(f"--text {text} cannot be read: {cause}") from cause
 
 
+def refuse_unfed(model: Any) -> None:
+    """Refuse models that one text alone cannot run.
+
+    Raises:
+        RbeError: it is an encoder with a decoder, or reads no text.
+    """
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise RbeError(
+            f"{name} has an encoder and a decoder, which cannot be run on texts here; `rbe verify` can check it"
+        )
+    if not getattr(model.config.get_text_config(), "vocab_size", None):
+        raise RbeError(f"{name} reads no text, so it cannot be run here; `rbe verify` can check its bytes")
+
+
 def works(model: nn.Module, tokenizer: Any) -> dict[str, tuple[str, int, Callable[[Any], object]]]:
     """The pieces of work that a model of this kind is timed on: name -> (unit, amount, call of a model)."""
+    refuse_unfed(model)
     kind = evaluate.kind_of(model)
     context = evaluate.context_of(model, tokenizer)
     if kind == "language model":

@@ -283,12 +283,16 @@ def report(
     from rbe import report as page
 
     trial.quiet()
+    output = output or folder.with_name(f"{folder.name}-report.html")
+    if output.exists() and not _is_page(output):
+        raise RbeError(f"{output} exists and is no HTML page; nothing was changed: choose another name")
     held = holding(folder)
     lines: list[page.Comparison] = []
     cards: list[tuple[str, str]] = []
     facts = [("folder", str(folder)), ("written by", f"rbe report {folder}")]
     if source is not None:
         dense, model = trial.load(source), _load_seeds(folder)
+        trial.refuse_unfed(model)
         tokenizer = trial.load_tokenizer(folder, source)
         with show.Steps("comparing", "texts", silent=as_json) as steps:
             found = fidelity.compare(model, dense, tokenizer, trial.read_lines(text), limit=limit, progress=steps)
@@ -302,7 +306,6 @@ def report(
     elif text is not None or limit is not None:
         raise RbeError("--text and --limit compare two models; give the dense one with --against SRC")
     facts += [(name, str(value)) for name, value in trial.machine().items()]
-    output = output or folder.with_name(f"{folder.name}-report.html")
     html = page.render(
         page.Report(
             trial.name_of(folder), entries(held), held.parts, held.stored, held.weights, lines, (), cards, facts
@@ -314,6 +317,13 @@ def report(
         show.machine({"folder": folder, "path": output, "bytes": len(html.encode())})
     else:
         show.line(f"{output}: one page, open it in a browser")
+
+
+def _is_page(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(9).lower() == b"<!doctype"
 
 
 def headline(found: fidelity.Fidelity) -> tuple[str, str]:
@@ -342,6 +352,7 @@ def evaluate(folder: Path, source: Path, text: Path | None, limit: int | None, a
         return
     lines = trial.read_lines(text)
     dense, model = trial.load(source), _load_seeds(folder, activations)
+    trial.refuse_unfed(model)
     tokenizer = trial.load_tokenizer(folder, source)
     with show.Steps(
         "comparing", "tokens" if fidelity.kind_of(dense) == "language model" else "texts", as_json
