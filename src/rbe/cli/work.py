@@ -284,7 +284,8 @@ def report(
 
     trial.quiet()
     output = output or folder.with_name(f"{folder.name}-report.html")
-    if output.exists() and not _is_page(output):
+    # Pipes and devices hold nothing that could be lost.
+    if (output.is_file() or output.is_dir()) and not _is_page(output):
         raise RbeError(f"{output} exists and is no HTML page; nothing was changed: choose another name")
     held = holding(folder)
     lines: list[page.Comparison] = []
