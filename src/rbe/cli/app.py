@@ -3,7 +3,7 @@
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -106,6 +106,24 @@ def version(
         raise typer.Exit
 
 
+def _rates(given: Sequence[str]) -> dict[str, float]:
+    """The rates of `--rate PATTERN=BITS`.
+
+    Raises:
+        RbeError: one is not written so.
+    """
+    found = {}
+    for text in given:
+        pattern, _, bits = text.rpartition("=")
+        try:
+            found[pattern] = float(bits)
+        except ValueError:
+            pattern = ""
+        if not pattern:
+            raise RbeError(f"--rate {text}: write PATTERN=BITS, for instance '*.attention.*=3'")
+    return found
+
+
 @app.command()
 @guarded
 def compress(
@@ -149,7 +167,7 @@ def compress(
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         embeddings_bits=embeddings_bits,
-        rates=work.rates(rates or ()),
+        rates=_rates(rates or ()),
         threads=threads,
         seed=seed,
         max_shard_size=max_shard_size,

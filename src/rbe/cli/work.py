@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,24 +28,6 @@ def compress(source: Path, target: Path, as_json: bool, dry_run: bool, **setting
     else:
         _show_conversion(source, done)
     return done
-
-
-def rates(given: Sequence[str]) -> dict[str, float]:
-    """The rates of `--rate PATTERN=BITS`.
-
-    Raises:
-        RbeError: one is not written so.
-    """
-    found = {}
-    for text in given:
-        pattern, _, bits = text.rpartition("=")
-        try:
-            found[pattern] = float(bits)
-        except ValueError:
-            pattern = ""
-        if not pattern:
-            raise RbeError(f"--rate {text}: write PATTERN=BITS, for instance '*.attention.*=3'")
-    return found
 
 
 def _tell(steps: show.Steps, event: convert.Progress) -> None:
