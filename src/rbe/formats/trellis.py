@@ -25,7 +25,7 @@ BITS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 OFFSET = 510
 VERSION = 1  # the multipliers are frozen
 
-# (window, w) -> the multipliers of even and odd t; found by benchmarks/multipliers.py and frozen.
+# (window, w) -> the multipliers of even and odd t; from benchmarks/multipliers.py, two refined by hand; frozen.
 # At window 16 most have equal halves: then the upper half of the product is the lower half plus the high half of a
 # 16-bit product, which spares a CPU kernel one multiply in three. Others are there where they are over 0.3 % better.
 _MULTIPLIERS: dict[tuple[int, int], tuple[int, int]] = {
