@@ -59,6 +59,8 @@ class SeedMatrix:
             raise RbeError(
                 "SeedMatrix: row_scale with a rotated output side has no meaning; rotate the input side only"
             )
+        if not self.seeds.is_meta:
+            definition.check_seeds(self.seeds, self.spec)
         values = [self.scale] if self.row_scale is None else [self.scale, self.row_scale]
         if not self.scale.is_meta and not all(bool(torch.isfinite(v).all()) for v in values):
             raise RbeError("SeedMatrix: a scale is NaN or infinite; the source is damaged")
@@ -75,22 +77,34 @@ class SeedMatrix:
         row_scale: Tensor | None = None,
         rotation: tuple[int, int] | None = None,
         window: int = 16,
+        precision: int = 32,
+        stages: int = 1,
     ) -> Self:
-        """Build a matrix from bare seeds; the rate follows from the number of words a block.
+        """Build a matrix from bare seeds; a trellis' rate follows from the number of words a block.
+
+        Args:
+            seeds: int64 (blocks, words).
+            shape: (rows, columns), rows being outputs as in torch.
+            block: edge of a block; None makes the whole matrix one block (packed64 and packed128).
+            mode: packed128: "radial" (when None) or "faithful".
+            rotation: (out, in) seeds of the Hadamard rotations; None is no rotation.
+            window: of a trellis; precision: of packed64; stages: seeds summed in a block.
 
         Raises:
             RbeError: the parts do not fit each other.
         """
         if seeds.ndim != 2:
             raise RbeError(f"from_seeds: seeds are {tuple(seeds.shape)}; they must be int64 (blocks, words)")
-        spec = SeedSpec(
+        spec = formats.make_spec(
             format,
-            (int(shape[0]), int(shape[1])),
-            bits=seeds.shape[1] / 4,  # words of 64 bits over 256 weights
-            block=16 if block is None else block,
+            shape,
+            bits=seeds.shape[1] / 4 if format == "trellis" else None,  # words of 64 bits over 256 weights
+            block=block,
             window=window,
             rotation=rotation or (0, 0),
             mode=mode,
+            precision=precision,
+            stages=stages,
         )
         return cls(spec, seeds, torch.as_tensor(scale, dtype=torch.float32).reshape(()), row_scale)
 

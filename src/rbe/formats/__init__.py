@@ -1,14 +1,15 @@
 """Seed formats: one module a format, each the definition of what its seeds mean."""
 
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
 
 from rbe.errors import RbeError
-from rbe.formats import trellis
+from rbe.formats import packed64, packed128, trellis
 from rbe.formats.spec import SeedSpec
 
-__all__ = ["FORMATS", "SeedFormat", "SeedSpec", "get"]
+__all__ = ["DISK_FORMATS", "FORMATS", "DiskFormat", "SeedFormat", "SeedSpec", "disk", "get", "is_disk", "make_spec"]
 
 
 class SeedFormat(Protocol):
@@ -22,11 +23,31 @@ class SeedFormat(Protocol):
     def words(self, spec: SeedSpec, /) -> int:
         """64-bit words a block."""
 
+    def check_seeds(self, seeds: Tensor, spec: SeedSpec, /) -> None:
+        """Refuse seeds that stand for no weights."""
+
     def generate(self, seeds: Tensor, spec: SeedSpec, /) -> Tensor:
-        """Unscaled weights (blocks, block, block) of seeds int64 (blocks, words)."""
+        """Unscaled weights (blocks, h, w) of seeds int64 (blocks, words)."""
 
 
-FORMATS: dict[str, SeedFormat] = {"trellis": trellis}
+class DiskFormat(SeedFormat, Protocol):
+    """A format around points of the Poincare disk, which can be trained: discrete code, radius and angle."""
+
+    def split(self, seeds: Tensor, spec: SeedSpec, /) -> tuple[Tensor, Tensor, Tensor]:
+        """(code int64, radius, angle (blocks, stages)) of seeds int64 (blocks, words)."""
+
+    def join(self, code: Tensor, radius: Tensor, angle: Tensor, spec: SeedSpec, /) -> Tensor:
+        """The inverse of `split`."""
+
+    def values(self, code: Tensor, radius: Tensor, angle: Tensor, spec: SeedSpec, /) -> Tensor:
+        """Unscaled weights (blocks, h, w) in the radius' dtype; torch differentiates through."""
+
+    def derivatives(self, code: Tensor, radius: Tensor, angle: Tensor, spec: SeedSpec, /) -> tuple[Tensor, Tensor]:
+        """dW/dr and dW/dtheta, each (blocks, stages, h, w)."""
+
+
+DISK_FORMATS: dict[str, DiskFormat] = {"packed64": packed64, "packed128": packed128}
+FORMATS: dict[str, SeedFormat] = {"trellis": trellis, **DISK_FORMATS}
 
 
 def get(name: str) -> SeedFormat:
@@ -42,3 +63,58 @@ def get(name: str) -> SeedFormat:
         return FORMATS[name]
     except KeyError:
         raise RbeError(f"format {name!r} is not known; this version has {', '.join(sorted(FORMATS))}") from None
+
+
+def is_disk(name: str) -> bool:
+    """Whether a format's seeds hold points of the Poincare disk, which can be trained by gradient."""
+    return name in DISK_FORMATS
+
+
+def disk(name: str) -> DiskFormat:
+    """The definition of a format around points of the Poincare disk.
+
+    Raises:
+        RbeError: the format has no points.
+    """
+    if name not in DISK_FORMATS:
+        raise RbeError(
+            f"format {name!r} has no radius and angle; {' and '.join(DISK_FORMATS)} have, and can be trained by them"
+        )
+    return DISK_FORMATS[name]
+
+
+def make_spec(
+    format: str,
+    shape: tuple[int, int],
+    *,
+    bits: float | None = None,
+    block: int | None = 16,
+    window: int = 16,
+    rotation: tuple[int, int] = (0, 0),
+    mode: str | None = None,
+    precision: int = 32,
+    stages: int = 1,
+) -> SeedSpec:
+    """A specification with what was left out filled in: the rate that the block gives, and the usual mode.
+
+    >>> make_spec("packed128", (784, 256))
+    SeedSpec(format='packed128', shape=(784, 256), bits=0.5, block=16, window=16, rotation=(0, 0), mode='radial', \
+precision=32, stages=1)
+
+    Args:
+        bits: trellis: the rate, 2 when left out; the other formats have the rate of their block, and refuse another.
+        block, window, rotation, mode, precision, stages: as in `SeedSpec`.
+
+    Raises:
+        RbeError: there is no such format, or it does not offer the combination.
+    """
+    definition = get(format)
+    if format == "packed128" and mode is None:
+        mode = "radial"
+    nominal = 2.0 if bits is None else float(bits)
+    spec = SeedSpec(format, (int(shape[0]), int(shape[1])), nominal, block, window, rotation, mode, precision, stages)
+    if is_disk(format) and bits is None:
+        height, width = spec.block_shape
+        spec = replace(spec, bits=64.0 * definition.words(spec) / (height * width))
+    definition.check(spec)
+    return spec

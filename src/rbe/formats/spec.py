@@ -20,35 +20,46 @@ class SeedSpec:
         format: name of the format.
         shape: (rows, columns) of the matrix, rows being outputs as in torch.
         bits: nominal rate of the seeds, in bits per weight.
-        block: edge of a block.
+        block: edge of a block; None makes the whole matrix one block (packed64 and packed128).
         window: trellis only, bits a weight sees of its ring.
         rotation: (out, in) 32-bit seeds of the Hadamard rotations of the two sides; 0 is no rotation.
         mode: variant of the generator, where the format has several.
+        precision: packed64 only, bits of a fixed-point number, 32 or 64.
+        stages: seeds summed in every block (packed64 and packed128).
     """
 
     format: str
     shape: tuple[int, int]
     bits: float
-    block: int = 16
+    block: int | None = 16
     window: int = 16
     rotation: tuple[int, int] = (0, 0)
     mode: str | None = None
+    precision: int = 32
+    stages: int = 1
 
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or min(self.shape) < 1:
             raise RbeError(
                 f"spec: shape {tuple(self.shape)} is not two positive sides; a seed matrix is 2-D and not empty"
             )
-        if self.block < 1:
+        if self.block is not None and self.block < 1:
             raise RbeError(f"spec: block {self.block} is not positive; the usual edge is 16")
+        if self.stages < 1:
+            raise RbeError(f"spec: stages {self.stages} is not positive; one seed a block is the least")
         if len(self.rotation) != 2 or not all(0 <= s < 1 << 32 for s in self.rotation):
             raise RbeError(f"spec: rotation {self.rotation} must be two unsigned 32-bit seeds (out, in); 0 is none")
 
     @property
+    def block_shape(self) -> tuple[int, int]:
+        """(rows, columns) of a block."""
+        return self.shape if self.block is None else (self.block, self.block)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """(block rows, block columns); blocks are stored in row-major order of this grid."""
-        rows, columns = self.shape
-        return -(-rows // self.block), -(-columns // self.block)
+        (rows, columns), (height, width) = self.shape, self.block_shape
+        return -(-rows // height), -(-columns // width)
 
     @property
     def blocks(self) -> int:
@@ -58,7 +69,21 @@ class SeedSpec:
     @property
     def padded(self) -> tuple[int, int]:
         """Shape after padding both sides at the end to whole blocks."""
-        return self.grid[0] * self.block, self.grid[1] * self.block
+        return self.grid[0] * self.block_shape[0], self.grid[1] * self.block_shape[1]
+
+    def check_rate(self, words: int) -> None:
+        """Refuse a nominal rate that is not what `words` 64-bit words a block come to.
+
+        Raises:
+            RbeError: `bits` is another number.
+        """
+        height, width = self.block_shape
+        expected = 64.0 * words / (height * width)
+        if self.bits != expected:
+            raise RbeError(
+                f"{self.format}: {self.bits:g} bits per weight do not fit {words} words a {height}x{width} block, "
+                f"which are {expected:g}; let formats.make_spec fill in the rate"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that survives JSON."""
@@ -70,6 +95,8 @@ class SeedSpec:
             "window": self.window,
             "rotation": list(self.rotation),
             "mode": self.mode,
+            "precision": self.precision,
+            "stages": self.stages,
         }
 
     @classmethod

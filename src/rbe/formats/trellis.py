@@ -81,11 +81,17 @@ def check(spec: SeedSpec) -> None:
         raise RbeError(f"trellis: window {spec.window} is not offered; choose one of {WINDOWS}")
     if spec.mode is not None:
         raise RbeError(f"trellis: mode {spec.mode!r} is not offered; this format has one mode, None")
+    if spec.stages != 1 or spec.precision != 32:
+        raise RbeError(f"trellis: stages {spec.stages} and precision {spec.precision} are not offered; leave them out")
 
 
 def words(spec: SeedSpec) -> int:
     """64-bit words a block."""
     return 2 * rate(spec.bits)
+
+
+def check_seeds(seeds: Tensor, spec: SeedSpec) -> None:
+    """Every bit pattern is a seed of this format."""
 
 
 def multipliers(window: int, w: int) -> tuple[int, int]:

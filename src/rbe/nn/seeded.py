@@ -141,7 +141,7 @@ class Seeded(nn.Module):
     ) -> None:  # fmt: skip
         # Seeds of another window or rotation have the same shape, and would make other weights without a word.
         stored = local_metadata.get(_SPEC)
-        if stored is not None and stored != self.spec.to_json():
+        if stored is not None and SeedSpec.from_json(stored) != self.spec:
             error_msgs.append(
                 f"{prefix.removesuffix('.')}: the state is of a layer with {SeedSpec.from_json(stored)}, this one has "
                 f"{self.spec}; compress both models with the same settings, or use rbe.save and rbe.load"
