@@ -11,10 +11,20 @@
 #include <pthread.h>
 #endif
 
+#include "threads.h"
 #include "trellis.h"
 
 namespace rbe {
+
+#ifdef _OPENMP
+std::atomic<bool> in_child{false};
+#endif
+
 namespace {
+
+#if defined(_OPENMP) && (defined(__unix__) || defined(__APPLE__))
+[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { in_child = true; });
+#endif
 
 constexpr int64_t PACKED = int64_t{4} << 20;  // bytes of packed activations that a call aims to stay under
 constexpr int64_t ALONE = 1024;  // blocks (times rows of x, by fours) below which a second thread does not pay
@@ -47,69 +57,6 @@ const Tier* best(std::string_view limit) {
 
 std::atomic<const Tier*> current{nullptr};
 
-// OpenMP and not a pool of our own: torch runs the same runtime in the process, and two pools that spin on the same
-// cores cost each other whole time slices. Work is handed out in small pieces because the cores may be shared.
-#ifdef _OPENMP
-// The OpenMP runtime's threads do not survive a fork, and waiting for them would never end.
-std::atomic<bool> in_child{false};
-#if defined(__unix__) || defined(__APPLE__)
-[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { in_child = true; });
-#endif
-#endif
-
-template <class F>
-void parallel(int64_t pieces, int threads, const F& work) {
-    threads = static_cast<int>(std::min<int64_t>(threads, pieces));
-#ifdef _OPENMP
-    if (threads > 1 && !in_child) {
-        std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(threads)
-        for (int64_t k; (k = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) work(k);
-        return;
-    }
-#endif
-    for (int64_t k = 0; k < pieces; k++) work(k);
-}
-
-float half_to_float(uint16_t h) {
-    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
-    uint32_t bits;
-    if (exponent == 31) {
-        bits = sign | 0x7F800000u | (fraction << 13);
-    } else if (exponent != 0) {
-        bits = sign | ((exponent + 112) << 23) | (fraction << 13);
-    } else {
-        const float tiny = static_cast<float>(fraction) * 0x1p-24f;
-        return sign ? -tiny : tiny;
-    }
-    float out;
-    std::memcpy(&out, &bits, 4);
-    return out;
-}
-
-// Reused by a thread from call to call; large ones are given back.
-class Scratch {
-  public:
-    void* get(size_t bytes) {
-        if (bytes > size_) {
-            memory_.reset();
-            memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-            if (!memory_) throw std::bad_alloc();
-            size_ = bytes;
-        }
-        return memory_.get();
-    }
-    void trim() {
-        if (size_ > (size_t{4} << 20)) memory_.reset(), size_ = 0;
-    }
-
-  private:
-    struct Free {
-        void operator()(uint8_t* p) const { std::free(p); }
-    };
-    std::unique_ptr<uint8_t, Free> memory_;
-    size_t size_ = 0;
-};
 thread_local Scratch scratch_rows, scratch_values, scratch_packed, scratch_sums;
 
 // Integers X with x = X * unit, |X| < 2^30 (or |X| <= 127), for one row. Returns the unit; NaN where x is not finite.

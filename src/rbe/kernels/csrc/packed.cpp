@@ -1,0 +1,223 @@
+// What does not depend on the instruction set: tables of block shapes, threads, scales, edges.
+#include "packed.h"
+
+#include <cmath>
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+#include "threads.h"
+#include "trellis.h"
+
+namespace rbe {
+namespace {
+
+constexpr int64_t ALONE = 1 << 16;  // weights times rows of x below which a second thread does not pay
+constexpr int64_t ROWS = 8;         // of a large block that a thread takes at once
+constexpr double TURN = 6.283185307179586477;
+
+thread_local Scratch scratch_records, scratch_profiles, scratch_slopes, scratch_tile;
+
+const PackedTier& packed_tier() {
+#if defined(RBE_X86_TIERS)
+    const char first = tier().name[0], last = tier().name[3];
+    if (first == 'a') return last == '2' ? packed_avx2() : packed_avx512();  // amx has avx512
+#endif
+    return packed_portable();
+}
+
+uint32_t fmix32(uint32_t h) {
+    h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
+    h = (h ^ (h >> 13)) * 0xC2B2AE35u;
+    return h ^ (h >> 16);
+}
+
+// The memory behind one `Tables`.
+struct Shape : Tables {
+    std::vector<float> wave_values, radius_values, phi_values;
+    std::vector<int32_t> class_values;
+
+    Shape(int kind, int64_t h, int64_t w, int stages) {
+        width = w, stride = (w + LANES - 1) / LANES * LANES, pairs = (h + 1) / 2;
+        if (kind == PACKED64) modulation(h, stages);
+        else disk(h);
+    }
+
+    void modulation(int64_t h, int stages) {
+        phi_values.assign(static_cast<size_t>(stages * h * stride), 0.0f);
+        for (int s = 0; s < stages; s++)
+            for (int64_t i = 0; i < h; i++) {
+                const uint32_t row = fmix32(static_cast<uint32_t>(i) ^ 0x9E3779B9u ^ fmix32(static_cast<uint32_t>(s)));
+                for (int64_t j = 0; j < width; j++)
+                    phi_values[static_cast<size_t>((s * h + i) * stride + j)] = static_cast<float>(
+                        1 + 0.1 * std::sin(TURN * 0x1p-32 * static_cast<double>(fmix32(static_cast<uint32_t>(j) ^ row))));
+            }
+        phi = phi_values.data();
+    }
+
+    void disk(int64_t h) {
+        const auto axis = [](int64_t k, int64_t n) {
+            return n == 1 ? 0.0 : 2.0 * static_cast<double>(k) / static_cast<double>(n - 1) - 1.0;
+        };
+        const size_t cells = static_cast<size_t>(pairs * stride);
+        std::vector<double> angle(cells), rho(cells), sorted;
+        for (int64_t i = 0; i < pairs; i++)
+            for (int64_t j = 0; j < width; j++) {
+                const double y = axis(i, h), x = axis(j, width);
+                const size_t at = static_cast<size_t>(i * stride + j);
+                angle[at] = std::atan2(y, x), rho[at] = std::min(std::hypot(x, y), 0.99);
+                sorted.push_back(rho[at]);
+            }
+        std::sort(sorted.begin(), sorted.end());
+        for (const double r : sorted)
+            if (radius_values.empty() || r > static_cast<double>(radius_values.back()) + 1e-6)
+                radius_values.push_back(static_cast<float>(r));
+        const std::vector<float> distinct = radius_values;
+        classes = std::max(2 * LANES, static_cast<int>(distinct.size() + LANES - 1) / LANES * LANES);
+        radius_values.resize(static_cast<size_t>(classes), 0.0f);
+        class_values.assign(cells, 0);
+        wave_values.assign(FREQUENCIES * 2 * cells, 0.0f);
+        for (int64_t i = 0; i < pairs; i++)
+            for (int64_t j = 0; j < width; j++) {
+                const size_t at = static_cast<size_t>(i * stride + j);
+                const auto nearest = std::lower_bound(distinct.begin(), distinct.end(), static_cast<float>(rho[at]) - 5e-7f);
+                class_values[at] = static_cast<int32_t>(nearest - distinct.begin());
+                for (int q = 0; q < FREQUENCIES; q++) {
+                    float* wave = &wave_values[static_cast<size_t>((q * pairs + i) * 2 * stride + j)];
+                    wave[0] = static_cast<float>(std::cos(q * angle[at]));
+                    wave[stride] = static_cast<float>(std::sin(q * angle[at]));
+                }
+            }
+        waves = wave_values.data(), radius_class = class_values.data(), radii = radius_values.data();
+    }
+};
+
+// Records and profiles of `count` blocks from `first` on, in this thread's scratch memory.
+struct Prepared {
+    Record* records;
+    float *profile = nullptr, *slopes = nullptr;
+
+    Prepared(const PackedTier& t, const Packed& p, int64_t first, int64_t count, bool differentiate = false) {
+        const int64_t n = count * p.records();
+        records = static_cast<Record*>(scratch_records.get(static_cast<size_t>(n + 32 * p.parts()) * sizeof(Record)));
+        t.records(p, first, count, records);
+        if (p.kind != RADIAL || !p.tables) return;
+        const size_t bytes = static_cast<size_t>(n * p.tables->classes) * sizeof(float);
+        profile = static_cast<float*>(scratch_profiles.get(bytes));
+        if (differentiate) slopes = static_cast<float*>(scratch_slopes.get(bytes));
+        t.profiles(*p.tables, records, n, profile, slopes);
+    }
+};
+
+float factor(const Packed& p, int64_t row) { return *p.scale * (p.row_scale ? half_to_float(p.row_scale[row]) : 1.0f); }
+
+// Pieces of rows [begin, end), each within one block row: whole ones of small blocks, a few rows of large ones.
+struct Piece {
+    int64_t I, i0, i1, row;
+};
+std::vector<Piece> pieces(const Packed& p, int64_t begin, int64_t end) {
+    std::vector<Piece> out;
+    for (int64_t row = begin; row < end;) {
+        const int64_t I = row / p.height, i0 = row % p.height, left = std::min(p.height - i0, end - row);
+        const int64_t n = p.tables ? left : std::min(left, ROWS);
+        out.push_back({I, i0, i0 + n, row});
+        row += n;
+    }
+    return out;
+}
+
+void expand_piece(const PackedTier& t, const Packed& p, const Piece& at, float* out) {
+    const Prepared ready(t, p, at.I * p.block_cols, p.block_cols);
+    std::vector<float> factors(static_cast<size_t>(at.i1 - at.i0));
+    for (int64_t k = 0; k < at.i1 - at.i0; k++) factors[static_cast<size_t>(k)] = factor(p, at.row + k);
+    t.expand(p, at.I, at.i0, at.i1, ready.records, ready.profile, factors.data(), out);
+}
+
+}  // namespace
+
+const Tables* packed_tables(int kind, int64_t height, int64_t width, int stages) {
+    static std::mutex lock;
+    static std::map<std::tuple<bool, int64_t, int64_t, int>, std::unique_ptr<Shape>> shapes;
+    const bool fixed = kind == PACKED64;
+    const std::lock_guard<std::mutex> held(lock);
+    std::unique_ptr<Shape>& shape = shapes[{fixed, height, width, fixed ? stages : 0}];
+    if (!shape) shape = std::make_unique<Shape>(kind, height, width, stages);
+    return shape.get();
+}
+
+void packed_decode(const Packed& p, int64_t begin, int64_t end, float* out, int threads) {
+    const PackedTier& t = packed_tier();
+    const std::vector<Piece> all = pieces(p, begin, end);
+    parallel(static_cast<int64_t>(all.size()), (end - begin) * p.cols < ALONE ? 1 : threads, [&](int64_t k) {
+        const Piece& at = all[static_cast<size_t>(k)];
+        expand_piece(t, p, at, out + (at.row - begin) * p.cols);
+    });
+}
+
+void packed_rows(const Packed& p, const int64_t* index, int64_t count, float* out, int threads) {
+    const PackedTier& t = packed_tier();
+    parallel(count, count * p.cols < ALONE ? 1 : threads, [&](int64_t k) {
+        const int64_t row = index[k], i = row % p.height;
+        expand_piece(t, p, {row / p.height, i, i + 1, row}, out + k * p.cols);
+    });
+}
+
+void packed_matmul(const Packed& p, const float* x, int64_t batch, float* y, int threads) {
+    const PackedTier& t = packed_tier();
+    const std::vector<Piece> all = pieces(p, 0, p.rows);
+    threads = p.rows * p.cols * batch < ALONE ? 1 : threads;
+    if (!p.tables) {
+        parallel(static_cast<int64_t>(all.size()), threads, [&](int64_t k) {
+            const Piece& at = all[static_cast<size_t>(k)];
+            float* tile = static_cast<float*>(scratch_tile.get(static_cast<size_t>(ROWS * p.cols) * 4));
+            expand_piece(t, p, at, tile);
+            for (int64_t b = 0; b < batch; b++)
+                for (int64_t i = 0; i < at.i1 - at.i0; i++)
+                    y[b * p.rows + at.row + i] = t.dot(tile + i * p.cols, x + b * p.cols, p.cols);
+        });
+        return;
+    }
+    // Rows of x as the tables see them: every block column padded.
+    const int64_t stride = p.tables->stride, padded = p.block_cols * stride;
+    std::vector<float> copy;
+    if (padded != p.cols) {
+        copy.assign(static_cast<size_t>(batch * padded), 0.0f);
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t J = 0; J < p.block_cols; J++)
+                std::copy_n(x + b * p.cols + J * p.width, std::min(p.width, p.cols - J * p.width),
+                            copy.data() + b * padded + J * stride);
+        x = copy.data();
+    }
+    parallel(p.block_rows, threads, [&](int64_t I) {
+        const Prepared ready(t, p, I * p.block_cols, p.block_cols);
+        float* sums = static_cast<float*>(scratch_tile.get(static_cast<size_t>(batch * p.height) * 4));
+        t.product(p, ready.records, ready.profile, x, padded, batch, sums, p.height);
+        const int64_t first = I * p.height, count = std::min(p.height, p.rows - first);
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t i = 0; i < count; i++)
+                y[b * p.rows + first + i] = sums[b * p.height + i] * factor(p, first + i);
+    });
+}
+
+void packed_contract(const Packed& p, int64_t begin, int64_t end, const float* gradient, Sums* out, int threads) {
+    const PackedTier& t = packed_tier();
+    const std::vector<Piece> rows = pieces(p, begin, end);
+    const int64_t wide = p.block_cols * p.stages;
+    threads = (end - begin) * p.cols < ALONE ? 1 : threads;
+    // Rows of large blocks meet in the same sums: every piece has its own, added up in order.
+    std::vector<Sums> partial(p.tables ? 0 : rows.size() * static_cast<size_t>(wide));
+    parallel(static_cast<int64_t>(rows.size()), threads, [&](int64_t k) {
+        const Piece& at = rows[static_cast<size_t>(k)];
+        const Prepared ready(t, p, at.I * p.block_cols, p.block_cols, true);
+        Sums* to = p.tables ? out + at.I * wide : partial.data() + k * wide;
+        t.contract(p, at.I, at.i0, at.i1, 0, p.block_cols, ready.records, ready.profile, ready.slopes,
+                   gradient + (at.row - begin) * p.cols, to);
+    });
+    for (size_t k = 0; k < partial.size(); k++) {
+        Sums& to = out[rows[k / static_cast<size_t>(wide)].I * wide + static_cast<int64_t>(k) % wide];
+        to.value += partial[k].value, to.radius += partial[k].radius, to.angle += partial[k].angle;
+    }
+}
+
+}  // namespace rbe

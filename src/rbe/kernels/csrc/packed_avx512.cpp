@@ -1,0 +1,28 @@
+// AVX-512: vectors of sixteen floats; the 22 radii of a 16x16 block are two registers and one permutation.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "packed.h"
+
+namespace rbe {
+namespace {
+typedef float VF __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t VI __attribute__((vector_size(64), aligned(4), may_alias));
+
+inline VF lookup(const float* table, int classes, VI at) {
+    const __m512i index = reinterpret_cast<__m512i>(at);
+    if (classes > 32) return reinterpret_cast<VF>(_mm512_i32gather_ps(index, table, 4));
+    return reinterpret_cast<VF>(_mm512_permutex2var_ps(_mm512_loadu_ps(table), index, _mm512_loadu_ps(table + 16)));
+}
+
+#include "packed_tier.h"
+}  // namespace
+
+const PackedTier& packed_avx512() {
+    static const PackedTier t{records, profiles, expand, product, contract, dot};
+    return t;
+}
+
+}  // namespace rbe
