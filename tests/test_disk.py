@@ -252,6 +252,8 @@ def test_project_keeps_points_inside_and_inner_points_as_they_are() -> None:
         assert torch.equal(disk.project(x), x)
         assert torch.equal(disk.project(torch.zeros(2, dtype=dtype)), torch.zeros(2, dtype=dtype))
         disk.check_point(disk.exp(x, 1e4 * far[: len(x)]))
+        rim = disk.project(far / far.norm(dim=-1, keepdim=True))
+        disk.check_point(disk.add(rim, rim))
 
 
 @pytest.mark.parametrize(

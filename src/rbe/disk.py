@@ -212,9 +212,9 @@ def exp(x: Tensor, v: Tensor) -> Tensor:
     # x = u (c + i s) as complex numbers, u the direction; q = exp(-2 |v| / (1 - |x|^2)) turns tanh into a quotient.
     c = _dot(safe, x, 0.0) / norm
     s = _cross(safe, x) / norm
-    rest = gap + s.square()  # (1 - c)(1 + c), without a difference
-    ahead = torch.where(c < 0, rest / (1 - c), 1 + c)
-    behind = torch.where(c > 0, rest / (1 + c), 1 - c)
+    # Towards the origin from the rim 1 + c vanishes; (1 - c)(1 + c) is a sum, so nothing is lost.
+    ahead = torch.where(c < 0, (gap + s.square()) / (1 - c), 1 + c)
+    behind = 1 - c
     step = -2 * norm / gap
     q, p = step.exp(), -torch.expm1(step)
     along = torch.where(q > 0.5, 2 * c + p * behind, ahead - q * behind)
