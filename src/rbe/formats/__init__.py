@@ -33,6 +33,9 @@ class SeedFormat(Protocol):
 class DiskFormat(SeedFormat, Protocol):
     """A format around points of the Poincare disk, which can be trained: discrete code, radius and angle."""
 
+    def code_words(self, spec: SeedSpec, /) -> int:
+        """Words of discrete bits a block."""
+
     def split(self, seeds: Tensor, spec: SeedSpec, /) -> tuple[Tensor, Tensor, Tensor]:
         """(code int64, radius, angle (blocks, stages)) of seeds int64 (blocks, words)."""
 

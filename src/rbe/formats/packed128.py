@@ -60,6 +60,11 @@ def words(spec: SeedSpec) -> int:
     return 2 * spec.stages
 
 
+def code_words(spec: SeedSpec) -> int:
+    """Words of discrete bits a block."""
+    return spec.stages
+
+
 def check_seeds(seeds: Tensor, spec: SeedSpec) -> None:
     """Refuse seeds whose radius is outside [0, 1) or whose angle is not finite."""
     _code, radius, angle = split(seeds, spec)

@@ -45,6 +45,11 @@ def words(spec: SeedSpec) -> int:
     return spec.stages * spec.precision // 32
 
 
+def code_words(spec: SeedSpec) -> int:
+    """Words of discrete bits a block: none."""
+    return 0
+
+
 def check_seeds(seeds: Tensor, spec: SeedSpec) -> None:
     """Every bit pattern is a seed of this format."""
 

@@ -2,6 +2,6 @@
 
 from rbe.nn.embedding import Embedding
 from rbe.nn.linear import Linear
-from rbe.nn.seeded import Seeded, set_activations
+from rbe.nn.seeded import Seeded, SeededVector, set_activations
 
-__all__ = ["Embedding", "Linear", "Seeded", "set_activations"]
+__all__ = ["Embedding", "Linear", "Seeded", "SeededVector", "set_activations"]

@@ -5,6 +5,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from rbe import formats
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.matrix import SeedMatrix
@@ -22,7 +23,8 @@ class Embedding(Seeded):
         num_embeddings: rows of the table.
         embedding_dim: columns.
         padding_idx: kept for callers that read it; it selects no special row when generating.
-        bits, format, block, window, rotation: as in `SeedSpec`; the output side (first) cannot be rotated.
+        bits, format, block, window, rotation, mode, precision, stages: as in `formats.make_spec`; the output side
+            (first) cannot be rotated. A format with radius and angle makes an open layer, which can be trained.
         row_scale: keep a float16 factor per row.
         device, dtype: where the tensors live; `dtype` is the dtype of the rows.
 
@@ -36,17 +38,31 @@ class Embedding(Seeded):
         embedding_dim: int,
         padding_idx: int | None = None,
         *,
-        bits: float = 2,
+        bits: float | None = None,
         format: str = "trellis",
-        block: int = 16,
+        block: int | None = 16,
         window: int = 16,
         rotation: tuple[int, int] = (0, 0),
+        mode: str | None = None,
+        precision: int = 32,
+        stages: int = 1,
         row_scale: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        spec = SeedSpec(format, (num_embeddings, embedding_dim), float(bits), block, window, rotation)
-        self._build(spec, padding_idx, row_scale=row_scale, device=device, dtype=dtype)
+        spec = formats.make_spec(
+            format,
+            (num_embeddings, embedding_dim),
+            bits=bits,
+            block=block,
+            window=window,
+            rotation=rotation,
+            mode=mode,
+            precision=precision,
+            stages=stages,
+        )
+        trainable = formats.is_disk(format)
+        self._build(spec, padding_idx, row_scale=row_scale, trainable=trainable, device=device, dtype=dtype)
 
     def _build(
         self,
@@ -54,6 +70,7 @@ class Embedding(Seeded):
         padding_idx: int | None,
         *,
         row_scale: bool = False,
+        trainable: bool = False,
         owner: Seeded | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -63,7 +80,7 @@ class Embedding(Seeded):
                 f"Embedding: rotation {spec.rotation} mixes the rows, so that none can be generated alone; "
                 "encode the table with rotate='in'"
             )
-        super().__init__(spec, row_scale=row_scale, owner=owner, device=device, dtype=dtype)
+        super().__init__(spec, row_scale=row_scale, trainable=trainable, owner=owner, device=device, dtype=dtype)
         self.num_embeddings, self.embedding_dim = spec.shape
         if padding_idx is not None and not -self.num_embeddings <= padding_idx < self.num_embeddings:
             raise RbeError(f"Embedding: padding_idx {padding_idx} is outside a table of {self.num_embeddings} rows")
@@ -125,7 +142,8 @@ class Embedding(Seeded):
         Raises:
             RbeError: an index is outside the table, or is not an integer.
         """
-        rows = self._ready().rows(index).to(self.weight_dtype)
+        rows = self.look_up(index)
+        rows = rows if rows.dtype == torch.float64 else rows.to(self.weight_dtype)
         if self.multiplier is None:
             return rows
         return rows * (rows.new_tensor(self.multiplier) if self.rounds_multiplier else self.multiplier)

@@ -5,10 +5,11 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from rbe import formats
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.matrix import SeedMatrix
-from rbe.nn.seeded import Seeded
+from rbe.nn.seeded import Seeded, SeededVector
 
 
 class Linear(Seeded):
@@ -18,11 +19,19 @@ class Linear(Seeded):
     >>> layer(torch.randn(3, 20)).shape, sorted(layer.state_dict())
     (torch.Size([3, 40]), ['bias', 'scale', 'seeds'])
 
+    With a format that has a radius and an angle the layer is open: they are Parameters, and training them trains the
+    seeds; `freeze()` packs them.
+
+    >>> layer = Linear(20, 40, bias="seed", format="packed128")
+    >>> layer(torch.randn(3, 20)).sum().backward()
+    >>> [name for name, p in layer.named_parameters() if p.grad is not None][:3]
+    ['radius', 'angle', 'scale']
+
     Args:
         in_features: columns of the matrix.
         out_features: rows of the matrix.
-        bias: add a dense bias Parameter.
-        bits, format, block, window, rotation: as in `SeedSpec`.
+        bias: True adds a dense bias Parameter, "seed" one that is made from a single seed, False none.
+        bits, format, block, window, rotation, mode, precision, stages: as in `formats.make_spec`.
         row_scale: keep a float16 factor per output.
         device, dtype: where the tensors live; `dtype` is the bias's and the dtype of the virtual `weight`.
 
@@ -36,37 +45,75 @@ class Linear(Seeded):
         self,
         in_features: int,
         out_features: int,
-        bias: bool = True,
+        bias: bool | str = True,
         *,
-        bits: float = 2,
+        bits: float | None = None,
         format: str = "trellis",
-        block: int = 16,
+        block: int | None = 16,
         window: int = 16,
         rotation: tuple[int, int] = (0, 0),
+        mode: str | None = None,
+        precision: int = 32,
+        stages: int = 1,
         row_scale: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        spec = SeedSpec(format, (out_features, in_features), float(bits), block, window, rotation)
-        self._build(spec, bias, row_scale=row_scale, device=device, dtype=dtype)
+        spec = formats.make_spec(
+            format,
+            (out_features, in_features),
+            bits=bits,
+            block=block,
+            window=window,
+            rotation=rotation,
+            mode=mode,
+            precision=precision,
+            stages=stages,
+        )
+        self._build(spec, bias, row_scale=row_scale, trainable=formats.is_disk(format), device=device, dtype=dtype)
 
     def _build(
         self,
         spec: SeedSpec,
-        bias: bool,
+        bias: bool | str,
         *,
         row_scale: bool = False,
         transposed: bool = False,
+        trainable: bool = False,
         owner: Seeded | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(spec, row_scale=row_scale, transposed=transposed, owner=owner, device=device, dtype=dtype)
+        if bias not in (True, False, "seed"):
+            raise RbeError(f"Linear: bias {bias!r} is not offered; choose True (dense), 'seed' or False")
+        super().__init__(
+            spec,
+            row_scale=row_scale,
+            transposed=transposed,
+            trainable=trainable,
+            owner=owner,
+            device=device,
+            dtype=dtype,
+        )
         self.out_features, self.in_features = spec.shape
-        values = torch.empty(spec.shape[0], device=device, dtype=dtype) if bias else None
+        bound = spec.shape[1] ** -0.5
+        values = torch.empty(spec.shape[0], device=device, dtype=dtype) if bias is True else None
         self.register_parameter("bias", None if values is None else nn.Parameter(values))
         if self.bias is not None and not self.bias.is_meta:
-            nn.init.uniform_(self.bias, -(spec.shape[1] ** -0.5), spec.shape[1] ** -0.5)
+            nn.init.uniform_(self.bias, -bound, bound)
+        self.bias_seed: SeededVector | None = None
+        if bias == "seed":
+            self.bias_seed = SeededVector(
+                spec.shape[0],
+                format=spec.format,
+                mode=spec.mode,
+                precision=spec.precision,
+                stages=spec.stages,
+                device=device,
+                dtype=dtype,
+            )
+            with torch.no_grad():
+                self.bias_seed.scale.mul_(bound)  # from a root mean square of 1/sqrt(3) to that of torch's bias
 
     @classmethod
     def from_spec(
@@ -134,15 +181,14 @@ class Linear(Seeded):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features), in x's dtype."""
-        y = self._ready().matmul(x, self.activations)
-        if self.bias is None:
+        y = self.multiply(x)
+        bias = self.bias if self.bias_seed is None else self.bias_seed()
+        if bias is None:
             return y
-        y = y + self.bias
+        y = y + bias
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Shapes and rate."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            + self._describe()
-        )
+        bias = "seed" if self.bias_seed is not None else self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self._describe()}"

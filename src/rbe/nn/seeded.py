@@ -7,18 +7,26 @@ import torch
 from torch import Tensor, nn
 
 from rbe import formats, kernels
+from rbe.disk import check_angle, check_radius
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.matrix import SeedMatrix
+from rbe.nn.init import fresh_points, unit_scale
 
 ACTIVATIONS = ("float32", "int8")
-_STORED = ("seeds", "scale", "row_scale")
+_STORED = ("seeds", "scale", "row_scale", "code", "radius", "angle")
+_OPEN = ("code", "radius", "angle")
 # Beside the version of a module in the metadata of a state dict.
 _SPEC = "rbe.spec"
 
 
 class Seeded(nn.Module):
-    """A module around one seed matrix: buffers `seeds`, `scale` and `row_scale`, and nothing dense.
+    """A module around one seed matrix, and nothing dense. It is in one of two states.
+
+    * Frozen, as files are: buffers `seeds`, `scale` and `row_scale`.
+    * Open, to be trained; formats with a radius and an angle only: Parameters `radius`, `angle` (blocks, stages) and
+      `scale`, and the buffer `code` that holds the discrete bits. The gradients are sums over dL/dW dW/d(r, theta),
+      made without a dense matrix. A radius that a step took out of [0, 1) is refused at the next use: project it back.
 
     It deliberately does not derive from torch's layers: tools that edit `weight` in place would edit a temporary.
 
@@ -35,6 +43,9 @@ class Seeded(nn.Module):
     seeds: Tensor
     scale: Tensor
     row_scale: Tensor | None
+    code: Tensor
+    radius: Tensor
+    angle: Tensor
 
     def __init__(
         self,
@@ -42,6 +53,7 @@ class Seeded(nn.Module):
         *,
         row_scale: bool = False,
         transposed: bool = False,
+        trainable: bool = False,
         owner: "Seeded | None" = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -59,23 +71,98 @@ class Seeded(nn.Module):
         if owner is not None:
             return
         # Explicit dtypes: loaders build layers under a default dtype of their own choice.
-        seeds = torch.empty((spec.blocks, definition.words(spec)), dtype=torch.int64, device=device)
-        self.register_buffer("seeds", seeds)
-        self.register_buffer("scale", torch.empty((), dtype=torch.float32, device=device))
         factor = torch.empty(spec.shape[0], dtype=torch.float16, device=device) if row_scale else None
+        scale = torch.empty((), dtype=torch.float32, device=device)
+        if trainable:
+            shape = (spec.blocks, spec.stages)
+            codes = (spec.blocks, formats.disk(spec.format).code_words(spec))
+            self._open(
+                torch.empty(codes, dtype=torch.int64, device=device),
+                torch.empty(shape, dtype=torch.float32, device=device),
+                torch.empty(shape, dtype=torch.float32, device=device),
+                scale,
+            )
+        else:
+            seeds = torch.empty((spec.blocks, definition.words(spec)), dtype=torch.int64, device=device)
+            self.register_buffer("seeds", seeds)
+            self.register_buffer("scale", scale)
         self.register_buffer("row_scale", factor)
         self.reset_parameters()
 
+    def _open(self, code: Tensor, radius: Tensor, angle: Tensor, scale: Tensor) -> None:
+        """Register the tensors of the open state."""
+        self.register_buffer("code", code)
+        self.register_parameter("radius", nn.Parameter(radius))
+        self.register_parameter("angle", nn.Parameter(angle))
+        self.register_parameter("scale", nn.Parameter(scale))
+
     def reset_parameters(self) -> None:
         """Draw random seeds whose weights have the variance 1 / (3 columns), like a fresh torch Linear."""
-        if self._owner or self.seeds.is_meta:
+        if self._owner or self.scale.is_meta:
             return
+        size = (3 * self.spec.shape[1]) ** -0.5
         with torch.no_grad():
-            self.seeds.random_(-(1 << 63), None)
-            # The code is a sum of four uniform bytes: its variance is 4 (256^2 - 1) / 12.
-            self.scale.fill_((3 * self.spec.shape[1]) ** -0.5 / ((256**2 - 1) / 3) ** 0.5)
+            if formats.is_disk(self.spec.format):
+                code, radius, angle = fresh_points(self.spec)
+                self.scale.fill_(size * unit_scale(self.spec, code, radius, angle))
+                if self.trainable:
+                    self.code.copy_(code)
+                    self.radius.copy_(radius)
+                    self.angle.copy_(angle)
+                else:
+                    self.seeds.copy_(formats.disk(self.spec.format).join(code, radius, angle, self.spec))
+            else:
+                self.seeds.random_(-(1 << 63), None)
+                # The code is a sum of four uniform bytes: its variance is 4 (256^2 - 1) / 12.
+                self.scale.fill_(size / ((256**2 - 1) / 3) ** 0.5)
             if self.row_scale is not None:
                 self.row_scale.fill_(1)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the seeds are open: radius and angle are Parameters."""
+        return "radius" in self.owner._parameters
+
+    def unfreeze(self) -> Self:
+        """Open the seeds for training, in place.
+
+        >>> from rbe.nn import Linear
+        >>> layer = Linear(32, 32, format="packed64").freeze()
+        >>> [name for name, _ in layer.unfreeze().named_parameters()]
+        ['radius', 'angle', 'scale', 'bias']
+
+        Optimizers made before do not know the new Parameters.
+
+        Raises:
+            RbeError: the format has no radius and angle.
+        """
+        owner = self.owner
+        definition = formats.disk(self.spec.format)
+        if not owner.trainable:
+            code, radius, angle = definition.split(owner.seeds, self.spec)
+            scale = owner.scale
+            del owner.seeds, owner.scale
+            owner._open(code, radius.to(torch.float32), angle.to(torch.float32), scale.clone())
+            # The order in which files and optimizers see them: those of the seeds first.
+            for name in [n for n in owner._parameters if n not in ("radius", "angle", "scale")]:
+                owner._parameters[name] = owner._parameters.pop(name)
+            owner._prepared = None
+        return self
+
+    def freeze(self) -> Self:
+        """Pack radius, angle and code into seeds, in place; what files hold and what runs fastest.
+
+        Raises:
+            RbeError: a radius is outside [0, 1), or a number is not finite.
+        """
+        owner = self.owner
+        if owner.trainable:
+            matrix = owner.matrix
+            del owner.code, owner.radius, owner.angle, owner.scale
+            owner.register_buffer("seeds", matrix.seeds)
+            owner.register_buffer("scale", matrix.scale)
+            owner._prepared = None
+        return self
 
     @property
     def owner(self) -> "Seeded":
@@ -84,25 +171,54 @@ class Seeded(nn.Module):
 
     @property
     def matrix(self) -> SeedMatrix:
-        """The seed matrix; it shares this module's tensors.
+        """The seed matrix; it shares this module's tensors, unless it is open: then the seeds are packed now.
 
         Raises:
-            RbeError: the tensors that were loaded do not fit the specification.
+            RbeError: the tensors that were loaded do not fit the specification, or a step left a radius outside [0, 1).
         """
+        if self.trainable:
+            with torch.no_grad():
+                seeds = formats.disk(self.spec.format).join(self.code, self.radius, self.angle, self.spec)
+                return SeedMatrix(self.spec, seeds, self.scale.detach().clone(), self.row_scale)
         return SeedMatrix(self.spec, self.seeds, self.scale, self.row_scale)
 
     @property
     def weight(self) -> Tensor:
         """The dense weight, decoded now and forgotten afterwards; read-only, shaped like the replaced layer's."""
         rows, columns = self.spec.shape
-        if self.seeds.is_meta:
+        if self.scale.is_meta:
             dense = torch.empty(rows, columns, dtype=self.weight_dtype, device="meta")
         else:
             with torch.no_grad():
-                dense = kernels.decode(self.spec, self.seeds, self.scale, self.row_scale).to(self.weight_dtype)
+                dense = self.dense().to(self.weight_dtype)
         dense = dense.T if self.transposed else dense
         dense._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers would otherwise initialise it
         return dense
+
+    def dense(self) -> Tensor:
+        """The dense matrix (rows, columns), through which gradients flow to an open layer's radius, angle and scale."""
+        if not self.trainable:
+            return kernels.decode(self.spec, self.seeds, self.scale, self.row_scale)
+        return kernels.decode(self.spec, *self._open_tensors())
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The product of x (..., columns) with the matrix: (..., rows) in x's dtype."""
+        if not self.trainable:
+            return self._ready().matmul(x, self.activations)
+        code, scale, row_scale, radius, angle = self._open_tensors()
+        return kernels.seed_matmul(x, self.spec, code, scale, row_scale, self.activations, radius, angle)
+
+    def look_up(self, index: Tensor) -> Tensor:
+        """Rows of the matrix: (*index.shape, columns) float32."""
+        if not self.trainable:
+            return self._ready().rows(index)
+        return kernels.rows(index, self.spec, *self._open_tensors())
+
+    def _open_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """(code, scale, row_scale, radius, angle), as the kernels take them."""
+        check_radius(self.radius, "radius of a layer")
+        check_angle(self.angle, "angle of a layer")
+        return self.code, self.scale, self.row_scale, self.radius, self.angle
 
     def _adopt(self, matrix: SeedMatrix) -> None:
         """Take over the tensors of an encoded matrix."""
@@ -147,27 +263,95 @@ class Seeded(nn.Module):
                 f"{self.spec}; compress both models with the same settings, or use rbe.save and rbe.load"
             )
             return
+        self._convert_state(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
+    def _convert_state(self, state_dict: Any, prefix: str) -> None:
+        """A state of frozen seeds opens for an open layer, and an open one packs for a frozen layer."""
+        if self._owner or not formats.is_disk(self.spec.format):
+            return
+        definition = formats.disk(self.spec.format)
+        if self.trainable and f"{prefix}seeds" in state_dict:
+            parts = definition.split(state_dict.pop(f"{prefix}seeds"), self.spec)
+            state_dict.update({f"{prefix}{name}": part for name, part in zip(_OPEN, parts, strict=True)})
+        elif not self.trainable and all(f"{prefix}{name}" in state_dict for name in _OPEN):
+            code, radius, angle = (state_dict.pop(f"{prefix}{name}") for name in _OPEN)
+            state_dict[f"{prefix}seeds"] = definition.join(code, radius, angle, self.spec)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers.get(name) for name in ("scale", "row_scale")}
+        points = {
+            name: p.data for name in ("radius", "angle", "scale") if (p := self._parameters.get(name)) is not None
+        }
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers.get(name)
             # .half() and .to(bfloat16) cast every float buffer; the scales keep their dtype and exact value.
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
+        for name, old in points.items():
+            parameter = self._parameters[name]
+            assert parameter is not None
+            # float32 is what a seed stores: fewer bits would lose it, more are welcome to checks of gradients.
+            least = torch.float32 if name == "scale" else torch.promote_types(parameter.dtype, torch.float32)
+            if parameter.dtype != least:
+                parameter.data = old.to(parameter.device, least)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         self._prepared = None
         return self
 
     def _describe(self) -> str:
-        stored = sum(t.numel() * t.element_size() for t in (self.seeds, self.scale, self.row_scale) if t is not None)
-        rate = 8 * stored / (self.spec.shape[0] * self.spec.shape[1])
+        spec = self.spec
+        stored = 8 * spec.blocks * formats.get(spec.format).words(spec) + 4
+        stored += 0 if self.row_scale is None else 2 * spec.shape[0]
+        rate = 8 * stored / (spec.shape[0] * spec.shape[1])
+        mode = f", mode={spec.mode}" if spec.mode else ""
         tied = ", tied" if self._owner else ""
-        return f"format={self.spec.format}, bits={self.spec.bits:g} ({rate:.3g} stored){tied}"
+        return f"format={spec.format}{mode}, bits={spec.bits:.4g} ({rate:.3g} stored){tied}"
+
+
+class SeededVector(Seeded):
+    """A vector made from one seed: the paper's form of a bias, or of the gain of a norm.
+
+    >>> bias = SeededVector(40, format="packed64")
+    >>> bias().shape, bias.matrix.nbytes - 4
+    (torch.Size([40]), 8)
+
+    Args:
+        n: entries; the vector is an (n, 1) matrix of a single block.
+        format, mode, precision, stages: as in `SeedSpec`; a format with radius and angle.
+
+    Raises:
+        RbeError: the format does not offer whole matrices as one block.
+
+    Source: 000 sections 5.2.2 and 5.4.2.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        *,
+        format: str = "packed64",
+        mode: str | None = None,
+        precision: int = 32,
+        stages: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        formats.disk(format)
+        spec = formats.make_spec(format, (n, 1), block=None, mode=mode, precision=precision, stages=stages)
+        super().__init__(spec, trainable=True, device=device, dtype=dtype)
+
+    def forward(self) -> Tensor:
+        """The vector (n,), in the dtype of `weight`, or float64 where its radius is."""
+        vector = self.dense()[:, 0]
+        return vector if vector.dtype == torch.float64 else vector.to(self.weight_dtype)
+
+    def extra_repr(self) -> str:
+        """Length and rate."""
+        return f"{self.spec.shape[0]}, {self._describe()}"
 
 
 def set_activations(model: nn.Module, activations: str) -> nn.Module:
