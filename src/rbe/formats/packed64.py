@@ -97,9 +97,9 @@ def join(code: Tensor, radius: Tensor, angle: Tensor, spec: SeedSpec) -> Tensor:
     check_angle(angle, "packed64: angle")
     r, turn = radius.double().reshape(-1), (angle.double().reshape(-1) / math.tau) % 1.0
     if spec.precision == 32:
-        # A turn just below 1 can round up to 2^32 in the product: that is angle 0 again.
-        parts = {"radius": _floor(r, 32), "angle": _floor(turn, 32) & 0xFFFFFFFF}
-        seeds = LAYOUT.pack(parts)
+        # From radians and back costs some 2^-53, which must not make a stored angle fall by a step; what comes to a
+        # whole turn is angle 0 again.
+        seeds = LAYOUT.pack({"radius": _floor(r, 32), "angle": _floor(turn + 2.0**-51, 32) & 0xFFFFFFFF})
     else:
         seeds = LAYOUT_64.pack({"radius": _floor(r, 64), "angle": _floor(turn % 1.0, 64)})
     return seeds.reshape(radius.shape[0], words(spec))
