@@ -30,14 +30,14 @@ def dense(dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def test_opcheck() -> None:
-    tensors = (SEEDS, SCALE, None)
-    spec, embedding = ops.numbers(SPEC), ops.numbers(EMBEDDING)
+    tensors = (SEEDS, SCALE, None, None, None, None, None)
+    spec, embedding = ops.text(SPEC), ops.text(EMBEDDING)
     x, y = random_x(2, 3, 33).requires_grad_(), random_x(2, 20).requires_grad_()
-    torch.library.opcheck(ops.seed_matmul, (x, *tensors, *spec, "float32"))
-    torch.library.opcheck(ops.seed_matmul, (random_x(33), *tensors, *spec, "int8"))
-    torch.library.opcheck(ops.seed_matmul_transposed, (y, *tensors, *spec))
-    torch.library.opcheck(ops.decode, (*tensors, *spec))
-    torch.library.opcheck(ops.rows, (torch.tensor([[1, 19]]), SEEDS, SCALE, ROW_SCALE, *embedding))
+    torch.library.opcheck(ops.seed_matmul, (x, *tensors, spec, "float32"))
+    torch.library.opcheck(ops.seed_matmul, (random_x(33), *tensors, spec, "int8"))
+    torch.library.opcheck(ops.seed_matmul_transposed, (y, *tensors, spec))
+    torch.library.opcheck(ops.decode, (*tensors, spec))
+    torch.library.opcheck(ops.rows, (torch.tensor([[1, 19]]), SEEDS, SCALE, ROW_SCALE, *tensors[3:], embedding))
 
 
 def test_gradients_are_those_of_the_dense_product() -> None:
@@ -164,7 +164,7 @@ def test_errors_say_what_is_wrong() -> None:
     with pytest.raises(RbeError, match="seeds are"):
         kernels.decode(SPEC, SEEDS[:5], SCALE, None)
     with pytest.raises(RbeError, match="scale is"):
-        kernels.decode(SPEC, SEEDS, SCALE.double(), None)
+        kernels.decode(SPEC, SEEDS, SCALE.half(), None)
     with pytest.raises(RbeError, match="row_scale is"):
         kernels.decode(EMBEDDING, SEEDS, SCALE, ROW_SCALE[:3])
 

@@ -3,27 +3,41 @@
 `decode`, `seed_matmul` and `rows` take the tensors of one matrix and its specification. `prepare` does their checks
 once, for a matrix that is used many times. On the CPU an instruction tier is chosen at run time: amx, avx512, avx2 or
 portable; the environment variable RBE_TIER forces a lower one.
+
+A matrix is *frozen*, with packed seeds, or, in a format around points of the Poincare disk, *open*: then the seeds
+argument is its discrete code, and radius and angle stand beside it. x, scale, radius and angle have gradients, under
+autograd, torch.func and torch.compile. Where one of them is float64, the definition itself is evaluated in float64.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rbe import formats
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
-from rbe.kernels import cpu, ops, reference
+from rbe.kernels import bands, cpu, functions, ops, packed, reference
 from rbe.kernels.cpu import tier
+from rbe.kernels.formulas import Calls
+from rbe.kernels.tensors import Tensors
 
-__all__ = ["Prepared", "decode", "prepare", "reference", "rows", "seed_matmul", "tier"]
+__all__ = ["Prepared", "Tensors", "decode", "prepare", "reference", "rows", "seed_matmul", "tier"]
 
 ACTIVATIONS = ("float32", "int8")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def decode(spec: SeedSpec, seeds: Tensor, scale: Tensor, row_scale: Tensor | None) -> Tensor:
-    """The dense float32 matrix (rows, columns), W = R_out^T W~ R_in.
+def decode(
+    spec: SeedSpec,
+    seeds: Tensor,
+    scale: Tensor,
+    row_scale: Tensor | None,
+    radius: Tensor | None = None,
+    angle: Tensor | None = None,
+) -> Tensor:
+    """The dense matrix (rows, columns), W = R_out^T W~ R_in; float32, or float64 where radius or scale is.
 
     >>> spec = SeedSpec("trellis", (20, 33), bits=2)
     >>> decode(spec, torch.zeros(6, 8, dtype=torch.int64), torch.tensor(0.5), None)[0, :2].tolist()
@@ -32,13 +46,18 @@ def decode(spec: SeedSpec, seeds: Tensor, scale: Tensor, row_scale: Tensor | Non
     Raises:
         RbeError: the tensors do not fit the specification.
     """
-    _check_tensors(spec, seeds, scale, row_scale)
-    w: Tensor = ops.decode(seeds, scale, row_scale, *ops.numbers(spec))
-    return w
+    return prepare(spec, seeds, scale, row_scale, radius, angle).decode()
 
 
 def seed_matmul(
-    x: Tensor, spec: SeedSpec, seeds: Tensor, scale: Tensor, row_scale: Tensor | None, activations: str = "float32"
+    x: Tensor,
+    spec: SeedSpec,
+    seeds: Tensor,
+    scale: Tensor,
+    row_scale: Tensor | None,
+    activations: str = "float32",
+    radius: Tensor | None = None,
+    angle: Tensor | None = None,
 ) -> Tensor:
     """The product of x (..., columns) with the matrix: (..., rows), in x's dtype.
 
@@ -46,20 +65,29 @@ def seed_matmul(
     >>> seed_matmul(torch.ones(2, 33), spec, torch.zeros(6, 8, dtype=torch.int64), torch.tensor(1.0), None)[1, 3]
     tensor(-16830.)
 
-    A row of x that holds NaN or an infinity gives a row of NaN.
+    In trellis, a row of x that holds NaN or an infinity gives a row of NaN.
 
     Args:
         x: float32, bfloat16, float16 or float64.
-        activations: "float32" is exact to float32 rounding; "int8" rounds every row of x to 8 bits, with one scale.
+        activations: "float32" is exact to float32 rounding; "int8" rounds every row of x to 8 bits, with one scale, in
+            trellis, whose weights are integers; other formats multiply exactly.
 
     Raises:
         RbeError: x has the wrong width or dtype, or the tensors do not fit the specification.
     """
-    return prepare(spec, seeds, scale, row_scale).matmul(x, activations)
+    return prepare(spec, seeds, scale, row_scale, radius, angle).matmul(x, activations)
 
 
-def rows(index: Tensor, spec: SeedSpec, seeds: Tensor, scale: Tensor, row_scale: Tensor | None) -> Tensor:
-    """Rows of the matrix: float32 (*index.shape, columns); the other rows are not generated.
+def rows(
+    index: Tensor,
+    spec: SeedSpec,
+    seeds: Tensor,
+    scale: Tensor,
+    row_scale: Tensor | None,
+    radius: Tensor | None = None,
+    angle: Tensor | None = None,
+) -> Tensor:
+    """Rows of the matrix: (*index.shape, columns) in the dtype of `decode`; the other rows are not generated.
 
     >>> spec = SeedSpec("trellis", (20, 33), bits=2)
     >>> rows(torch.tensor([19, 0]), spec, torch.zeros(6, 8, dtype=torch.int64), torch.tensor(1.0), None).shape
@@ -68,7 +96,7 @@ def rows(index: Tensor, spec: SeedSpec, seeds: Tensor, scale: Tensor, row_scale:
     Raises:
         RbeError: an index is out of range or not an integer, or the output side is rotated: no row stands alone.
     """
-    return prepare(spec, seeds, scale, row_scale).rows(index)
+    return prepare(spec, seeds, scale, row_scale, radius, angle).rows(index)
 
 
 class Prepared:
@@ -84,28 +112,48 @@ class Prepared:
     (True, torch.Size([20]))
     """
 
-    __slots__ = ("_native", "_pointers", "row_scale", "scale", "seeds", "spec")
+    __slots__ = ("_native", "_pointers", "spec", "tensors")
 
-    def __init__(self, spec: SeedSpec, seeds: Tensor, scale: Tensor, row_scale: Tensor | None) -> None:
-        self.spec, self.seeds, self.scale, self.row_scale = spec, seeds, scale, row_scale
+    def __init__(self, spec: SeedSpec, tensors: Tensors) -> None:
+        self.spec, self.tensors = spec, tensors
         self._native: Any = None
         self._pointers: tuple[int, ...] = ()
-        tensors = [seeds, scale] if row_scale is None else [seeds, scale, row_scale]
-        if not torch.compiler.is_compiling() and all(_plain(t) and t.is_contiguous() for t in tensors):
-            self._native = cpu.native(spec, seeds, scale, row_scale)
-            self._pointers = _addresses(seeds, scale, row_scale)
+        if torch.compiler.is_compiling() or not all(t is None or (_plain(t) and t.is_contiguous()) for t in tensors):
+            return
+        if not ops.in_cpp(spec, tensors):
+            return
+        if formats.is_disk(spec.format):
+            self._native = packed.Packed(spec, Tensors(*(None if t is None else t.detach() for t in tensors)))  # type: ignore[arg-type]
+        else:
+            self._native = cpu.native(spec, tensors.seeds, tensors.scale, tensors.row_scale)
+        self._pointers = _addresses(tensors)
 
     def __reduce__(self) -> tuple[type["Prepared"], tuple[Any, ...]]:
-        return Prepared, (self.spec, self.seeds, self.scale, self.row_scale)
+        return Prepared, (self.spec, self.tensors)
 
-    def fits(self, seeds: Tensor, scale: Tensor, row_scale: Tensor | None) -> bool:
+    def fits(
+        self,
+        seeds: Tensor,
+        scale: Tensor,
+        row_scale: Tensor | None,
+        radius: Tensor | None = None,
+        angle: Tensor | None = None,
+    ) -> bool:
         """Whether these are the very tensors, at the very addresses, that this was prepared from."""
+        mine = self.tensors
         return (
-            seeds is self.seeds
-            and scale is self.scale
-            and row_scale is self.row_scale
-            and (self._native is None or self._pointers == _addresses(seeds, scale, row_scale))
+            seeds is mine.seeds
+            and scale is mine.scale
+            and row_scale is mine.row_scale
+            and radius is mine.radius
+            and angle is mine.angle
+            and (self._native is None or self._pointers == _addresses(mine))
         )
+
+    def decode(self) -> Tensor:
+        """As the function `decode`."""
+        w: Tensor = self._calls().decode(*self.tensors, ops.text(self.spec))
+        return w
 
     def matmul(self, x: Tensor, activations: str = "float32") -> Tensor:
         """As `seed_matmul`."""
@@ -119,9 +167,12 @@ class Prepared:
         if activations not in ACTIVATIONS:
             raise RbeError(f"seed_matmul: activations {activations!r} are not offered; choose one of {ACTIVATIONS}")
         # Straight to C++ where nothing but the numbers is wanted; the operation costs 15 us more a call.
-        if not torch.compiler.is_compiling() and self._native is not None and _eager(x):
-            return cpu.matmul(self._native, self.spec, x, activations == "int8")
-        y: Tensor = ops.seed_matmul(x, self.seeds, self.scale, self.row_scale, *ops.numbers(self.spec), activations)
+        if not torch.compiler.is_compiling() and self._native is not None and self._eager(x):
+            if not isinstance(self._native, packed.Packed):
+                return cpu.matmul(self._native, self.spec, x, activations == "int8")
+            if x.dtype != torch.float64:
+                return ops.multiplied(self._native, x)
+        y: Tensor = self._calls().matmul(x, *self.tensors, ops.text(self.spec), activations)
         return y
 
     def rows(self, index: Tensor) -> Tensor:
@@ -130,31 +181,78 @@ class Prepared:
             raise RbeError("rows: the output side of this matrix is rotated, so no row stands alone; decode it whole")
         if index.dtype not in (torch.int64, torch.int32):
             raise RbeError(f"rows: the index is {index.dtype}; convert it to torch.int64")
-        if not torch.compiler.is_compiling() and self._native is not None and _eager(index):
+        if not torch.compiler.is_compiling() and self._native is not None and self._eager(index):
             ops.check_index(index, self.spec)
+            if isinstance(self._native, packed.Packed):
+                return bands.rows(self._native, index)
             return cpu.rows(self._native, self.spec, index.to(torch.int64))
-        y: Tensor = ops.rows(index, self.seeds, self.scale, self.row_scale, *ops.numbers(self.spec))
+        y: Tensor = self._calls().rows(index, *self.tensors, ops.text(self.spec))
         return y
 
+    def _calls(self) -> Calls:
+        """The operations: opaque for a compiler, transformable otherwise."""
+        return ops.CALLS if torch.compiler.is_compiling() else functions.CALLS
 
-def prepare(spec: SeedSpec, seeds: Tensor, scale: Tensor, row_scale: Tensor | None) -> Prepared:
+    def _eager(self, x: Tensor) -> bool:
+        """Whether nobody is recording: no autograd, dispatch mode, functional transform or tracer."""
+        t = self.tensors
+        return (
+            _plain(x)
+            and not (
+                torch.is_grad_enabled()
+                and (
+                    x.requires_grad
+                    or t.scale.requires_grad
+                    or (t.radius is not None and t.radius.requires_grad)
+                    or (t.angle is not None and t.angle.requires_grad)
+                )
+            )
+            and torch._C._len_torch_dispatch_stack() == 0
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and torch._C._get_tracing_state() is None
+            and forward_ad._current_level < 0
+        )
+
+
+def prepare(
+    spec: SeedSpec,
+    seeds: Tensor,
+    scale: Tensor,
+    row_scale: Tensor | None,
+    radius: Tensor | None = None,
+    angle: Tensor | None = None,
+) -> Prepared:
     """Check the tensors of a matrix once, for many products.
 
     Raises:
         RbeError: the tensors do not fit the specification.
     """
-    _check_tensors(spec, seeds, scale, row_scale)
-    return Prepared(spec, seeds, scale, row_scale)
+    tensors = Tensors(seeds, scale, row_scale, radius, angle)
+    _check_tensors(spec, tensors)
+    return Prepared(spec, tensors)
 
 
-def _check_tensors(spec: SeedSpec, seeds: Tensor, scale: Tensor, row_scale: Tensor | None) -> None:
+_FLOATS = (torch.float32, torch.float64)
+
+
+def _check_tensors(spec: SeedSpec, tensors: Tensors) -> None:
     """Refuse what the kernels, which trust their pointers, must never see."""
     definition = formats.get(spec.format)
     definition.check(spec)
-    expected = (spec.blocks, definition.words(spec))
+    seeds, scale, row_scale, radius, angle, _, _ = tensors
+    expected, what = (spec.blocks, definition.words(spec)), "seeds"
+    if radius is not None or angle is not None:
+        if not formats.is_disk(spec.format):
+            raise RbeError(f"kernels: {spec.format} has no radius and angle; give its seeds alone")
+        expected, what = (spec.blocks, 0 if spec.format == "packed64" else spec.stages), "the code words are"
+        for name, part in (("radius", radius), ("angle", angle)):
+            if part is None or part.dtype not in _FLOATS or part.shape != (spec.blocks, spec.stages):
+                given = "absent" if part is None else f"{part.dtype} {tuple(part.shape)}"
+                raise RbeError(f"kernels: {name} is {given}; it must be float32 {(spec.blocks, spec.stages)}")
     if seeds.dtype != torch.int64 or seeds.shape != expected:
-        raise RbeError(f"kernels: seeds are {seeds.dtype} {tuple(seeds.shape)}; this matrix takes int64 {expected}")
-    if scale.dtype != torch.float32 or scale.ndim != 0:
+        what = "seeds are" if what == "seeds" else what
+        raise RbeError(f"kernels: {what} {seeds.dtype} {tuple(seeds.shape)}; this matrix takes int64 {expected}")
+    if scale.dtype not in _FLOATS or scale.ndim != 0:
         raise RbeError(f"kernels: scale is {scale.dtype} {tuple(scale.shape)}; it must be one 0-d float32")
     if row_scale is not None and (row_scale.dtype != torch.float16 or row_scale.shape != spec.shape[:1]):
         raise RbeError(
@@ -162,10 +260,10 @@ def _check_tensors(spec: SeedSpec, seeds: Tensor, scale: Tensor, row_scale: Tens
         )
 
 
-def _addresses(seeds: Tensor, scale: Tensor, row_scale: Tensor | None) -> tuple[int, ...]:
-    if row_scale is None:
-        return seeds.data_ptr(), scale.data_ptr()
-    return seeds.data_ptr(), scale.data_ptr(), row_scale.data_ptr()
+def _addresses(tensors: Tensors) -> tuple[int, ...]:
+    seeds, scale, row_scale, radius, angle, _, _ = tensors
+    fixed = (seeds.data_ptr(), scale.data_ptr()) + (() if row_scale is None else (row_scale.data_ptr(),))
+    return fixed if radius is None or angle is None else (*fixed, radius.data_ptr(), angle.data_ptr())
 
 
 def _plain(x: Tensor) -> bool:
@@ -174,15 +272,5 @@ def _plain(x: Tensor) -> bool:
         type(x) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
         and x.device.type == "cpu"
         and x.layout == torch.strided
-    )
-
-
-def _eager(x: Tensor) -> bool:
-    """Whether nobody is recording: no autograd, dispatch mode, functional transform or tracer."""
-    return (
-        _plain(x)
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
     )

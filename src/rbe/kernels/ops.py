@@ -1,45 +1,94 @@
-"""The operations as torch sees them: schema, fake tensors, autograd with respect to the activations, FLOPs.
+"""The operations as torch sees them: schema, fake tensors, autograd for compilers, FLOPs.
 
 They are opaque on purpose. Compilers must not look inside: torch.compile folds wrapped integer products wrongly
 (design section 6), and a generated weight must never become a stored constant.
+
+Every operation takes the tensors of one matrix in the order of `Tensors`, and its specification as one line of text.
 """
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from rbe import formats
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
-from rbe.kernels import cpu, reference
+from rbe.kernels import bands, cpu, packed
+from rbe.kernels.formulas import Calls, Formulas
+from rbe.kernels.reference import Definition
+from rbe.kernels.tensors import Tensors
 
 
-def numbers(spec: SeedSpec) -> tuple[str, int, int, float, int, int, int, int, str | None]:
-    """A specification as the plain arguments of the operations, in the order of their schemas."""
-    return (spec.format, *spec.shape, spec.bits, spec.block, spec.window, *spec.rotation, spec.mode)
+def text(spec: SeedSpec) -> str:
+    """A specification as an argument of the operations.
+
+    >>> text(SeedSpec("trellis", (20, 33), bits=2))
+    'trellis 20 33 2 16 16 0 0 None 32 1'
+    """
+    return (
+        f"{spec.format} {spec.shape[0]} {spec.shape[1]} {spec.bits} {spec.block} {spec.window} {spec.rotation[0]} "
+        f"{spec.rotation[1]} {spec.mode} {spec.precision} {spec.stages}"
+    )
 
 
-def _spec(
-    format: str,
-    rows: int,
-    columns: int,
-    bits: float,
-    block: int,
-    window: int,
-    rotation_out: int,
-    rotation_in: int,
-    mode: str | None,
-) -> SeedSpec:
-    """The inverse of `numbers`."""
-    return SeedSpec(format, (rows, columns), bits, block, window, (rotation_out, rotation_in), mode)
+@lru_cache(maxsize=4096)
+def parsed(line: str) -> SeedSpec:
+    """The inverse of `text`.
+
+    >>> parsed("packed128 20 33 0.5 None 16 0 0 radial 32 2").block is None
+    True
+    """
+    format, rows, columns, bits, block, window, out_seed, in_seed, mode, precision, stages = line.split()
+    return SeedSpec(
+        format,
+        (int(rows), int(columns)),
+        float(bits),
+        None if block == "None" else int(block),
+        int(window),
+        (int(out_seed), int(in_seed)),
+        None if mode == "None" else mode,
+        int(precision),
+        int(stages),
+    )
 
 
-def _native(spec: SeedSpec, seeds: Tensor, scale: Tensor, row_scale: Tensor | None) -> tuple[Any, tuple[Any, ...]]:
-    """The C++ matrix and the contiguous tensors that it borrows."""
-    kept = (seeds.contiguous(), scale, None if row_scale is None else row_scale.contiguous())
-    return cpu.native(spec, *kept), kept
+def precision(tensors: Tensors, *others: Tensor) -> torch.dtype:
+    """The precision of a call: float64 as soon as one tensor is, float32 otherwise."""
+    known = (tensors.scale, tensors.radius, tensors.angle, tensors.d_radius, tensors.d_angle, *others)
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in known) else torch.float32
+
+
+def in_cpp(spec: SeedSpec, tensors: Tensors) -> bool:
+    """Whether the C++ kernels take this matrix, where a call's precision allows it."""
+    return tensors.seeds.device.type == "cpu" and precision(tensors) == torch.float32
+
+
+def contiguous(tensors: Tensors) -> Tensors:
+    """The tensors as C++ reads them."""
+    return Tensors(*(None if t is None else t.contiguous() for t in tensors))  # type: ignore[arg-type]
+
+
+def source(spec: SeedSpec, tensors: Tensors, *others: Tensor) -> bands.Source:
+    """What generates the matrix for a call with `others`."""
+    dtype = precision(tensors, *others)
+    if dtype == torch.float32 and formats.is_disk(spec.format) and in_cpp(spec, tensors):
+        return packed.Packed(spec, contiguous(tensors))
+    return Definition(spec, tensors, dtype)
+
+
+def _trellis(spec: SeedSpec, tensors: Tensors) -> bool:
+    return spec.format == "trellis" and in_cpp(spec, tensors)
+
+
+def _native(spec: SeedSpec, tensors: Tensors) -> tuple[Any, Tensors]:
+    """The C++ trellis matrix and the contiguous tensors that it borrows."""
+    kept = contiguous(tensors)
+    return cpu.native(spec, kept.seeds, kept.scale, kept.row_scale), kept
 
 
 @torch.library.custom_op("rbe::decode", mutates_args=())
@@ -47,26 +96,22 @@ def decode(
     seeds: Tensor,
     scale: Tensor,
     row_scale: Tensor | None,
-    format: str,
-    rows: int,
-    columns: int,
-    bits: float,
-    block: int,
-    window: int,
-    rotation_out: int,
-    rotation_in: int,
-    mode: str | None,
+    radius: Tensor | None,
+    angle: Tensor | None,
+    d_radius: Tensor | None,
+    d_angle: Tensor | None,
+    spec: str,
 ) -> Tensor:
-    spec = _spec(format, rows, columns, bits, block, window, rotation_out, rotation_in, mode)
-    if seeds.device.type != "cpu":
-        return reference.decode(spec, seeds, scale, row_scale)
-    matrix, _kept = _native(spec, seeds, scale, row_scale)
-    return cpu.decode(matrix, spec)
+    about, tensors = parsed(spec), Tensors(seeds, scale, row_scale, radius, angle, d_radius, d_angle)
+    if _trellis(about, tensors):
+        matrix, _kept = _native(about, tensors)
+        return cpu.decode(matrix, about)
+    return bands.decode(source(about, tensors))
 
 
 @decode.register_fake
-def _(seeds: Tensor, scale: Tensor, row_scale: Tensor | None, format: str, rows: int, columns: int, *_: Any) -> Tensor:
-    return seeds.new_empty((rows, columns), dtype=torch.float32)
+def _(seeds: Tensor, *args: Any) -> Tensor:
+    return seeds.new_empty(parsed(args[-1]).shape, dtype=precision(Tensors(seeds, *args[:6])))
 
 
 @torch.library.custom_op("rbe::rows", mutates_args=())
@@ -75,29 +120,24 @@ def rows(
     seeds: Tensor,
     scale: Tensor,
     row_scale: Tensor | None,
-    format: str,
-    rows: int,
-    columns: int,
-    bits: float,
-    block: int,
-    window: int,
-    rotation_out: int,
-    rotation_in: int,
-    mode: str | None,
+    radius: Tensor | None,
+    angle: Tensor | None,
+    d_radius: Tensor | None,
+    d_angle: Tensor | None,
+    spec: str,
 ) -> Tensor:
-    spec = _spec(format, rows, columns, bits, block, window, rotation_out, rotation_in, mode)
-    check_index(index, spec)
-    if seeds.device.type != "cpu":
-        return torch.nn.functional.embedding(index, reference.decode(spec, seeds, scale, row_scale))
-    matrix, _kept = _native(spec, seeds, scale, row_scale)
-    return cpu.rows(matrix, spec, index.to(torch.int64))
+    about, tensors = parsed(spec), Tensors(seeds, scale, row_scale, radius, angle, d_radius, d_angle)
+    check_index(index, about)
+    if _trellis(about, tensors):
+        matrix, _kept = _native(about, tensors)
+        return cpu.rows(matrix, about, index.to(torch.int64))
+    return bands.rows(source(about, tensors), index.to(torch.int64))
 
 
 @rows.register_fake
-def _(
-    index: Tensor, seeds: Tensor, scale: Tensor, row_scale: Tensor | None, format: str, rows: int, columns: int, *_: Any
-) -> Tensor:
-    return seeds.new_empty((*index.shape, columns), dtype=torch.float32)
+def _(index: Tensor, seeds: Tensor, *args: Any) -> Tensor:
+    shape = (*index.shape, parsed(args[-1]).shape[1])
+    return seeds.new_empty(shape, dtype=precision(Tensors(seeds, *args[:6])))
 
 
 def check_index(index: Tensor, spec: SeedSpec) -> None:
@@ -114,27 +154,30 @@ def seed_matmul(
     seeds: Tensor,
     scale: Tensor,
     row_scale: Tensor | None,
-    format: str,
-    rows: int,
-    columns: int,
-    bits: float,
-    block: int,
-    window: int,
-    rotation_out: int,
-    rotation_in: int,
-    mode: str | None,
+    radius: Tensor | None,
+    angle: Tensor | None,
+    d_radius: Tensor | None,
+    d_angle: Tensor | None,
+    spec: str,
     activations: str,
 ) -> Tensor:
-    spec = _spec(format, rows, columns, bits, block, window, rotation_out, rotation_in, mode)
-    if x.device.type != "cpu":
-        return reference.seed_matmul(x, spec, seeds, scale, row_scale)
-    matrix, _kept = _native(spec, seeds, scale, row_scale)
-    return cpu.matmul(matrix, spec, x, activations == "int8")
+    about, tensors = parsed(spec), Tensors(seeds, scale, row_scale, radius, angle, d_radius, d_angle)
+    if _trellis(about, tensors) and x.device.type == "cpu":
+        matrix, _kept = _native(about, tensors)
+        return cpu.matmul(matrix, about, x, activations == "int8")
+    return multiplied(source(about, tensors, x), x)
+
+
+def multiplied(matrix: bands.Source, x: Tensor) -> Tensor:
+    """x (..., columns) times a matrix that comes in bands, in x's dtype."""
+    flat = x.to(matrix.dtype).reshape(-1, matrix.spec.shape[1])
+    y = packed.matmul(matrix, flat) if isinstance(matrix, packed.Packed) else bands.matmul(matrix, flat)
+    return y.reshape(*x.shape[:-1], matrix.spec.shape[0]).to(x.dtype)
 
 
 @seed_matmul.register_fake
-def _(x: Tensor, seeds: Tensor, scale: Tensor, row_scale: Tensor | None, format: str, rows: int, *_: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rows))
+def _(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], parsed(args[7]).shape[0]))
 
 
 @torch.library.custom_op("rbe::seed_matmul_transposed", mutates_args=())
@@ -143,52 +186,133 @@ def seed_matmul_transposed(
     seeds: Tensor,
     scale: Tensor,
     row_scale: Tensor | None,
-    format: str,
-    rows: int,
-    columns: int,
-    bits: float,
-    block: int,
-    window: int,
-    rotation_out: int,
-    rotation_in: int,
-    mode: str | None,
+    radius: Tensor | None,
+    angle: Tensor | None,
+    d_radius: Tensor | None,
+    d_angle: Tensor | None,
+    spec: str,
 ) -> Tensor:
-    spec = _spec(format, rows, columns, bits, block, window, rotation_out, rotation_in, mode)
-    if y.device.type != "cpu":
-        return y @ reference.decode(spec, seeds, scale, row_scale, y.dtype)
-    matrix, _kept = _native(spec, seeds, scale, row_scale)
-    return cpu.matmul_transposed(matrix, spec, y)
+    about, tensors = parsed(spec), Tensors(seeds, scale, row_scale, radius, angle, d_radius, d_angle)
+    if _trellis(about, tensors) and y.device.type == "cpu":
+        matrix, _kept = _native(about, tensors)
+        return cpu.matmul_transposed(matrix, about, y)
+    by = source(about, tensors, y)
+    x = bands.matmul_transposed(by, y.to(by.dtype).reshape(-1, about.shape[0]))
+    return x.reshape(*y.shape[:-1], about.shape[1]).to(y.dtype)
 
 
 @seed_matmul_transposed.register_fake
-def _(
-    y: Tensor, seeds: Tensor, scale: Tensor, row_scale: Tensor | None, format: str, rows: int, columns: int, *_: Any
-) -> Tensor:
-    return y.new_empty((*y.shape[:-1], columns))
+def _(y: Tensor, *args: Any) -> Tensor:
+    return y.new_empty((*y.shape[:-1], parsed(args[7]).shape[1]))
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    seeds, scale, row_scale, *ctx.numbers = inputs[1:13]
-    ctx.save_for_backward(seeds, scale, row_scale)
+@torch.library.custom_op("rbe::seed_gradient", mutates_args=())
+def seed_gradient(
+    x: Tensor,
+    y: Tensor,
+    seeds: Tensor,
+    scale: Tensor,
+    row_scale: Tensor | None,
+    radius: Tensor | None,
+    angle: Tensor | None,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives by radius, angle and scale of the sum of y * seed_matmul(x); empty for what the matrix lacks."""
+    about, tensors = parsed(spec), Tensors(seeds, scale, row_scale, radius, angle)
+    if _trellis(about, tensors):
+        kept = (row_scale, None, None, None, None, spec)
+        product = seed_matmul(x, seeds, torch.ones_like(scale), *kept, "float32")
+        return scale.new_empty(0), scale.new_empty(0), (product.double() * y.double()).sum().to(scale.dtype)
+    by = source(about, tensors, x, y)
+    return bands.gradient(by, x.to(by.dtype).reshape(-1, about.shape[1]), y.to(by.dtype).reshape(-1, about.shape[0]))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # Integer activations have the gradient of the exact product: rounding is passed straight through.
-    return seed_matmul_transposed(grad, *ctx.saved_tensors, *ctx.numbers), *[None] * 13
+@torch.library.custom_op("rbe::decode_gradient", mutates_args=())
+def decode_gradient(
+    g: Tensor,
+    seeds: Tensor,
+    scale: Tensor,
+    row_scale: Tensor | None,
+    radius: Tensor | None,
+    angle: Tensor | None,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives by radius, angle and scale of the sum of g * decode(); empty for what the matrix lacks."""
+    by = source(parsed(spec), Tensors(seeds, scale, row_scale, radius, angle), g)
+    return bands.gradient_of_dense(by, g.to(by.dtype))
 
 
-def _backward_transposed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return seed_matmul(grad, *ctx.saved_tensors, *ctx.numbers, "float32"), *[None] * 12
+@torch.library.custom_op("rbe::rows_gradient", mutates_args=())
+def rows_gradient(
+    index: Tensor,
+    g: Tensor,
+    seeds: Tensor,
+    scale: Tensor,
+    row_scale: Tensor | None,
+    radius: Tensor | None,
+    angle: Tensor | None,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives by radius, angle and scale of the sum of g * rows(index); empty for what the matrix lacks."""
+    by = source(parsed(spec), Tensors(seeds, scale, row_scale, radius, angle), g)
+    flat = g.to(by.dtype).reshape(-1, g.shape[-1])
+    return bands.gradient_of_rows(by, index.to(torch.int64).reshape(-1), flat)
 
 
-seed_matmul.register_autograd(_backward, setup_context=_remember)
-seed_matmul_transposed.register_autograd(_backward_transposed, setup_context=_remember)
+def _fake_gradient(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    scale, radius = tensors.scale, tensors.radius
+    if radius is None:
+        return scale.new_empty(0), scale.new_empty(0), scale.new_empty(())
+    return radius.new_empty(radius.shape), radius.new_empty(radius.shape), scale.new_empty(())
+
+
+@seed_gradient.register_fake
+def _(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradient(Tensors(*args[:5]))
+
+
+@decode_gradient.register_fake
+def _(g: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradient(Tensors(*args[:5]))
+
+
+@rows_gradient.register_fake
+def _(index: Tensor, g: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradient(Tensors(*args[:5]))
+
+
+CALLS = Calls(decode, rows, seed_matmul, seed_matmul_transposed, seed_gradient, decode_gradient, rows_gradient)
+
+
+def _register() -> None:
+    formulas = Formulas(CALLS)
+    table = {
+        decode: formulas.decode_backward,
+        rows: formulas.rows_backward,
+        seed_matmul: formulas.matmul_backward,
+        seed_matmul_transposed: formulas.transposed_backward,
+    }
+    for op, backward in table.items():
+
+        def setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+            ctx.others = [a for a in inputs if isinstance(a, str)]
+            ctx.save_for_backward(*inputs[: len(inputs) - len(ctx.others)])
+
+        def run(ctx: Any, g: Tensor, backward: Any = backward) -> Any:
+            return backward(ctx.needs_input_grad, (*ctx.saved_tensors, *ctx.others), g)
+
+        op.register_autograd(run, setup_context=setup)
+
+
+_register()
 
 
 def _flops(x: tuple[int, ...], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Two operations a weight and row of x, as for a dense product."""
-    rows, columns = int(args[4]), int(args[5])
-    return 2 * math.prod(x[:-1]) * rows * columns
+    spec = parsed(next(a for a in args if isinstance(a, str)))
+    return 2 * math.prod(x[:-1]) * spec.shape[0] * spec.shape[1]
 
 
-register_flop_formula([torch.ops.rbe.seed_matmul, torch.ops.rbe.seed_matmul_transposed])(_flops)
+register_flop_formula([torch.ops.rbe.seed_matmul, torch.ops.rbe.seed_matmul_transposed, torch.ops.rbe.seed_gradient])(
+    _flops
+)
