@@ -7,24 +7,28 @@ from torch import Tensor
 from rbe import formats
 from rbe.errors import RbeError
 from rbe.matrix import SeedMatrix
+from rbe.search.disk import encode_disk
 from rbe.search.viterbi import encode_trellis
 
 __all__ = ["encode"]
-
-_ENCODERS = {"trellis": encode_trellis}
 
 
 def encode(
     W: Tensor,
     format: str = "trellis",
-    bits: float = 2,
+    bits: float | None = None,
     effort: str = "balanced",
-    rotate: bool | str = True,
+    rotate: bool | str | None = None,
     row_scale: bool = False,
     seed: int = 0,
     window: int | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], object] | None = None,
+    *,
+    block: int | None = 16,
+    mode: str | None = None,
+    stages: int = 1,
+    precision: int = 32,
 ) -> SeedMatrix:
     """Encode a matrix as seeds.
 
@@ -33,19 +37,28 @@ def encode(
     >>> m = encode(W, bits=2, effort="fast")
     >>> m.shape, bool((m.decode() - W).square().mean() < 0.1)
     ((64, 96), True)
+    >>> encode(W, format="packed128", block=8, stages=2).bits_per_weight > 4
+    True
 
     Args:
         W: (rows, columns), rows being outputs as in torch; any real floating dtype, finite.
-        format: name of the format.
-        bits: rate of the seeds, in bits per weight: 0.5 to 4 in steps of a half.
-        effort: "fast" (a trellis of 2^12 states), "balanced" (2^16) or "best" (2^16, several starting points).
+        format: "trellis", "packed64" or "packed128".
+        bits: rate of a trellis, in bits per weight: 0.5 to 4 in steps of a half, 2 when left out. The rate of the other
+            formats follows from block and stages.
+        effort: "fast", "balanced" or "best". Trellis: 2^12 states, 2^16, or 2^16 from several starting points;
+            packed128: how finely profiles are searched and refined, and how often several stages are fitted again.
         rotate: True rotates both sides, which makes the weights Gaussian; "in" the feature side only, so that a row can
-            be generated alone (embeddings); False neither.
+            be generated alone (embeddings); False neither. Default: True for a trellis, False for the others, which
+            live on what is not Gaussian in a matrix.
         row_scale: give every row a float16 scale of its own; only without rotation of the output side.
         seed: chooses the rotations.
-        window: bits a weight sees of its ring, 12, 14 or 16; default: the effort's.
+        window: trellis only: bits a weight sees of its ring, 12, 14 or 16; default: the effort's.
         threads: default: torch's; the result does not depend on it.
         progress: called with (weights done, weights in all) a few times a second, and at the end.
+        block: edge of a block, 16 for a trellis; None makes the whole matrix one block (packed64 and packed128).
+        mode: packed128: "radial" (when None) or "faithful".
+        stages: seeds summed in a block (packed64 and packed128).
+        precision: packed64: bits of a fixed-point number, 32 or 64.
 
     Returns:
         The seeds with the least-squares scale: the relative squared error is at most 1. A zero matrix gets scale 0.
@@ -53,9 +66,34 @@ def encode(
     Raises:
         RbeError: the matrix is not 2-D, empty, not floating point or not finite, or an option is not offered.
 
-    Source: design 3.4.
+    Source: design 3.1, 3.2 and 3.4; 001 chapter 8.3.
     """
     formats.get(format)
-    if format not in _ENCODERS:
-        raise RbeError(f"encode: format {format!r} has no encoder; choose one of {', '.join(_ENCODERS)}")
-    return _ENCODERS[format](W, bits, effort, rotate, row_scale, seed, window, threads, progress).matrix
+    if formats.is_disk(format):
+        if window is not None:
+            raise RbeError(f"encode: window={window} belongs to a trellis; {format} has none")
+        found = encode_disk(
+            W,
+            format,
+            block=block,
+            mode=mode,
+            stages=stages,
+            precision=precision,
+            bits=bits,
+            effort=effort,
+            rotate=False if rotate is None else rotate,
+            row_scale=row_scale,
+            seed=seed,
+            threads=threads,
+            progress=progress,
+        )
+        return found.matrix
+    if (block, mode, stages, precision) != (16, None, 1, 32):
+        raise RbeError(
+            f"encode: block={block}, mode={mode!r}, stages={stages}, precision={precision} are not a trellis'; "
+            "it has blocks of 16 and one stage: choose its rate by bits"
+        )
+    turned = True if rotate is None else rotate
+    return encode_trellis(
+        W, 2 if bits is None else bits, effort, turned, row_scale, seed, window, threads, progress
+    ).matrix
