@@ -1,4 +1,4 @@
-"""What a compressed weight, output or model is worth: pure functions of tensors and numbers."""
+"""What outputs and models are worth: cosines, divergences, perplexity, rank correlation."""
 
 import math
 
@@ -7,76 +7,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from rbe.errors import RbeError
-
-
-def relative_squared_error(approximation: Tensor, reference: Tensor) -> float:
-    """Squared error divided by the squared norm of the reference; the error measure of this library.
-
-    >>> relative_squared_error(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0]))
-    0.2
-
-    A zero reference gives 0 where the approximation is zero too, and infinity elsewhere. Computed in float64.
-
-    Raises:
-        RbeError: the shapes differ.
-    """
-    if approximation.shape != reference.shape:
-        raise RbeError(
-            f"relative_squared_error: shapes {tuple(approximation.shape)} and {tuple(reference.shape)} differ; "
-            "compare tensors of one shape"
-        )
-    exact = reference.double()
-    power = exact.square().sum().item()
-    error = (approximation.double() - exact).square().sum().item()
-    if power == 0.0:
-        return 0.0 if error == 0.0 else math.inf
-    return error / power
-
-
-def sqnr(relative_error: float) -> float:
-    """Signal to quantisation noise in decibels, of a relative squared error.
-
-    >>> round(sqnr(0.01), 6)
-    20.0
-    >>> sqnr(0.0)
-    inf
-    """
-    return math.inf if relative_error == 0.0 else -10.0 * math.log10(relative_error)
-
-
-def shannon_floor(bits: float) -> float:
-    """Least relative squared error any code of Gaussian weights can have at `bits` per weight: 2^(-2 bits).
-
-    >>> shannon_floor(2)
-    0.0625
-
-    Give it the stored rate, everything counted. Weights that are not Gaussian can go below; rotated ones are Gaussian.
-
-    Source: T. Berger, Rate Distortion Theory, 1971.
-    """
-    return math.exp2(-2.0 * bits)
-
-
-def bits_per_weight(nbytes: int, weights: int) -> float:
-    """Stored rate in bits per weight.
-
-    >>> bits_per_weight(64, 256)
-    2.0
-    """
-    if weights < 1:
-        raise RbeError(f"bits_per_weight: {weights} weights; a rate needs at least one")
-    return 8.0 * nbytes / weights
-
-
-def ratio(nbytes: int, weights: int, width: int = 4) -> float:
-    """How many times smaller `nbytes` are than `weights` numbers of `width` bytes (4: float32, 2: float16).
-
-    >>> ratio(64, 256), ratio(64, 256, width=2)
-    (16.0, 8.0)
-    """
-    if nbytes < 1:
-        raise RbeError(f"ratio: {nbytes} bytes; a ratio needs something stored")
-    return weights * width / nbytes
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
