@@ -41,7 +41,7 @@ def test_names_decide_where_nothing_else_is_known():
     ("name", "reason"),
     [
         ("layers.0.norm.weight", "it is no matrix"),
-        ("layers.0.conv.weight", "it is no matrix"),
+        ("position_ids", "I64 is not a dtype"),
         ("table.weight", "I32 is not a dtype"),
         ("nothing.weight", "it is empty"),
         ("raw", "not called"),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rbe import checkpoint, convert, metrics, shards
-from rbe.convert import encoding, place
+from rbe import checkpoint, convert, metrics, search, shards
+from rbe.convert import place
 from rbe.errors import CorruptFile, RbeError
 from rbe.source import INDEX, SINGLE
 
@@ -398,13 +398,13 @@ def test_a_second_run_on_the_same_target_is_refused(bare, tmp_path):
 
 def test_a_source_that_changes_during_the_work_is_noticed(bare, tmp_path, monkeypatch):
     src, _ = bare
-    encode = encoding.search.encode
+    encode = search.encode
 
     def slow(*args, **options):
         os.utime(src, ns=(1, 1))
         return encode(*args, **options)
 
-    monkeypatch.setattr(encoding.search, "encode", slow)
+    monkeypatch.setattr(search, "encode", slow)
     with pytest.raises(RbeError, match="was changed while it was read"):
         compress(src, tmp_path / "seeds")
     assert not (tmp_path / "seeds").exists()
@@ -469,12 +469,12 @@ def test_the_card_and_the_source_card_are_both_there(bert, tmp_path):
 MEMORY = """
 import resource, sys, torch
 from rbe import convert
-from rbe.convert import encoding
+from rbe import search
 from rbe.matrix import SeedMatrix
 def encode(weight, **options):
     zeros = torch.zeros(weight.numel() // 256, 8, dtype=torch.int64)
     return SeedMatrix.from_seeds(zeros, tuple(weight.clone().shape), "trellis", window=12)
-encoding.search.encode = encode  # the memory of the encoder is another matter
+search.encode = encode  # the memory of the encoder is another matter
 convert.compress(sys.argv[1], sys.argv[2] + "0", include=["m0"], effort="fast", threads=1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert.compress(sys.argv[1], sys.argv[2], effort="fast", threads=1)
@@ -489,5 +489,7 @@ def test_memory_does_not_grow_with_the_number_of_tensors(tmp_path):
     side = 1024
     save_file({f"m{k}.weight": torch.randn(side, side) for k in range(6)}, tmp_path / "a.safetensors")
     run = [sys.executable, "-c", MEMORY, tmp_path / "a.safetensors", tmp_path / "seeds"]
-    grown = int(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
+    # Freed blocks go back to the system at once: how the allocator fragments is another matter, and changes by chance.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    grown = int(subprocess.run(run, check=True, capture_output=True, text=True, env=env).stdout)
     assert grown < 4 * 4 * side * side

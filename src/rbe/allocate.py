@@ -1,9 +1,10 @@
 """Which tensor becomes seeds, in which format and rate, and which stays as it is, with the reason."""
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypedDict
 
 from rbe import formats
 from rbe.errors import RbeError
@@ -11,7 +12,7 @@ from rbe.formats import SeedSpec
 from rbe.nn.swap import Site, matches
 from rbe.shards import FLOATS, SIZES
 
-Kind = Literal["linear", "embedding", "keep"]
+Kind = Literal["linear", "embedding", "conv", "recurrent", "keep"]
 # Padding to whole blocks can eat the gain of a thin matrix; one that shrinks by less than this is kept, exactly.
 LEAST_GAIN = 2
 _EMBEDDING_WORDS = ("emb", "wte", "wpe")
@@ -23,7 +24,7 @@ class Entry:
 
     Attributes:
         name: of the tensor in the source.
-        kind: "linear" or "embedding" where it becomes seeds, "keep" where it is copied.
+        kind: "linear", "embedding", "conv" or "recurrent" where it becomes seeds, "keep" where it is copied.
         shape: in the source, as stored there.
         dtype: in the source, as safetensors names it ("F32", "BF16", ...).
         spec: of the seeds; None where it is kept. The encoder fills in the rotation.
@@ -45,7 +46,7 @@ class Entry:
 
     @property
     def module(self) -> str:
-        """Path of the module that has the tensor as its weight."""
+        """Path of the module that has the tensor as its weight; the tensor's own name where it is called otherwise."""
         return self.name.removesuffix(".weight")
 
     @property
@@ -73,7 +74,7 @@ class Entry:
         """Format and rate, for tables."""
         if self.spec is None:
             return self.dtype if self.stored else "-"
-        return f"{self.spec.format} {self.spec.bits:g} bit"
+        return label(self.spec)
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that survives JSON."""
@@ -166,6 +167,24 @@ class Plan:
             raise RbeError(f"plan: this is no plan ({cause}); the file is damaged or newer") from cause
 
 
+def label(spec: SeedSpec) -> str:
+    """Format and rate in a few words, for tables.
+
+    >>> label(formats.make_spec("trellis", (64, 64), bits=1.5))
+    'trellis 1.5 bit'
+    >>> label(formats.make_spec("packed128", (64, 64), stages=2))
+    'packed128 radial 16x16 x2, 1 bit'
+    """
+    if not formats.is_disk(spec.format):
+        return f"{spec.format} {spec.bits:g} bit"
+    words = [spec.format]
+    words += [spec.mode] if spec.mode else []
+    words += [f"Q0.{spec.precision}"] if spec.format == "packed64" and spec.precision != 32 else []
+    words += ["whole" if spec.block is None else f"{spec.block}x{spec.block}"]
+    words += [f"x{spec.stages}"] if spec.stages > 1 else []
+    return f"{' '.join(words)}, {spec.bits:.3g} bit"
+
+
 def seed_bytes(spec: SeedSpec, row_scale: bool = False) -> int:
     """Bytes of the stored tensors of a seed matrix: seeds, scale and row scales.
 
@@ -179,12 +198,15 @@ def make_plan(
     tensors: Mapping[str, tuple[Sequence[int], str]],
     modules: Mapping[str, Site] | None = None,
     *,
-    bits: float = 2,
+    bits: float | None = None,
     embeddings_bits: float | None = None,
     rates: Mapping[str, float] | None = None,
     format: str = "trellis",
-    block: int = 16,
+    block: int | None = 16,
     window: int = 16,
+    mode: str | None = None,
+    precision: int = 32,
+    stages: int = 1,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     tied: Mapping[str, str] | None = None,
@@ -195,11 +217,12 @@ def make_plan(
     Args:
         tensors: name to (shape, dtype as safetensors names it).
         modules: what the layer is that has the tensor `<key>.weight`, from `rbe.nn.swap.find`. Without it, matrices
-            called `*.weight` are taken, as embeddings where the name says so.
-        bits: rate of linear layers, bits per weight.
+            called `*weight*` are taken, as embeddings where the name says so, and so are the weights of convolutions.
+        bits: rate of linear layers, bits per weight; None is 2 for a trellis. The other formats have the rate of their
+            block, and refuse another.
         embeddings_bits: rate of embeddings, and of heads tied to them; None is `bits`, 0 keeps them as they are.
         rates: shell patterns of tensor or module names, with the rate of what they fit; of several, the last one.
-        format, block, window: of all seeds.
+        format, block, window, mode, precision, stages: of all seeds, as in `SeedSpec`.
         include: shell patterns of tensor or module names; when given, everything else is kept.
         exclude: shell patterns of tensor or module names that are kept.
         tied: tensors that need not be stored, with the tensor that holds the same.
@@ -210,10 +233,9 @@ def make_plan(
     """
     rates = dict(rates or {})
     _check_patterns(tensors, include, exclude, list(rates))
-    usual = {"linear": float(bits), "embedding": float(bits if embeddings_bits is None else embeddings_bits)}
-    for rate in (*usual.values(), *rates.values()):
-        if not (rate == 0 and rate == usual["embedding"]):
-            formats.get(format).check(SeedSpec(format, (block, block), rate, block, window))
+    form: Form = {"format": format, "block": block, "mode": mode, "precision": precision, "stages": stages}
+    window = 16 if formats.is_disk(format) else window
+    rate_of = _rates(form, window, bits, embeddings_bits, rates)
     entries = []
     for name, (sides, dtype) in tensors.items():
         shape = tuple(int(side) for side in sides)
@@ -226,20 +248,77 @@ def make_plan(
             continue
         site = _site(name, shape, modules)
         reason = _reason(name, shape, dtype, site, include, exclude)
-        chosen = [rate for pattern, rate in rates.items() if matches(name.removesuffix(".weight"), [pattern])]
-        rate = float(chosen[-1]) if chosen else usual.get(site.kind, 0.0)
-        if not reason and site.kind == "embedding" and rate == 0:
-            reason = "embeddings are kept"
-        if not reason:
-            spec = SeedSpec(format, site.shape, rate, block, window)
-            row_scale = site.kind == "embedding"
-            entry = Entry(name, site.kind, shape, dtype, spec, row_scale, site.transposed)
+        rate = rate_of(name, site.kind)
+        if not reason and rate == 0:
+            reason = "embeddings are kept" if site.kind == "embedding" else "its rate is 0"
+        if not reason and site.kind != "keep":
+            spec = formats.make_spec(shape=site.shape, bits=rate, window=window, **form)
+            entry = Entry(name, site.kind, shape, dtype, spec, site.kind == "embedding", site.transposed)
             if LEAST_GAIN * entry.nbytes <= entry.source_bytes:
                 entries.append(entry)
                 continue
             reason = f"too thin: seeds would take {entry.nbytes} bytes of {entry.source_bytes}"
         entries.append(Entry(name, "keep", shape, dtype, reason=reason))
     return Plan(tuple(entries))
+
+
+class Form(TypedDict, total=False):
+    """Everything of a specification that is the same for all matrices of a model, as in `SeedSpec`."""
+
+    format: str
+    block: int | None
+    mode: str | None
+    precision: int
+    stages: int
+
+
+def usual_rate(bits: float | None, form: Form) -> float | None:
+    """The rate of linear layers: what was asked, or what the format has; None where it differs from matrix to matrix.
+
+    >>> usual_rate(None, {"format": "trellis"}), usual_rate(None, {"format": "packed128", "block": 8})
+    (2.0, 2.0)
+    """
+    side = form.get("block", 16)
+    if side is None:
+        return None
+    return formats.make_spec(shape=(side, side), bits=bits, **form).bits
+
+
+def _rates(
+    form: Form, window: int, bits: float | None, embeddings_bits: float | None, rates: Mapping[str, float]
+) -> Callable[[str, str], float | None]:
+    """What gives the rate of (tensor, kind): 0 to keep it, None where the block decides; all rates are offered."""
+    given = {"bits": bits, "embeddings_bits": embeddings_bits, **{f"rate of {k!r}": v for k, v in rates.items()}}
+    block = form["block"]
+    for name, rate in given.items():
+        if rate is None or (rate == 0 and embeddings_bits == 0):
+            continue
+        if not formats.is_disk(form["format"]):
+            formats.make_spec(shape=(16, 16), bits=float(rate), window=window, **form)
+            continue
+        if block is None:
+            raise RbeError(
+                f"{name}: {rate:g} bits cannot be asked of {form['format']} with one block a matrix, whose rate "
+                "follows from the size of each matrix; leave it out"
+            )
+        fixed = formats.make_spec(shape=(block, block), **form).bits
+        if rate != fixed:
+            raise RbeError(
+                f"{name}: {rate:g} bits cannot be asked of {form['format']}, whose rate follows from its block: "
+                f"{block}x{block} with {form['stages']} seed(s) a block is {fixed:g} bits a weight; leave it out, or "
+                "choose another block or number of stages"
+            )
+    if block is not None or not formats.is_disk(form["format"]):
+        side = 16 if block is None else block
+        formats.make_spec(shape=(side, side), window=window, **form)
+
+    def rate_of(name: str, kind: str) -> float | None:
+        chosen = [rate for pattern, rate in rates.items() if matches(name.removesuffix(".weight"), [pattern])]
+        rate = embeddings_bits if kind == "embedding" and embeddings_bits is not None else bits
+        rate = chosen[-1] if chosen else rate
+        return None if rate is None or (formats.is_disk(form["format"]) and rate != 0) else float(rate)
+
+    return rate_of
 
 
 def _check_patterns(names: Iterable[str], include: Sequence[str], exclude: Sequence[str], rates: Sequence[str]) -> None:
@@ -262,12 +341,14 @@ def _check_patterns(names: Iterable[str], include: Sequence[str], exclude: Seque
 def _site(name: str, shape: tuple[int, ...], modules: Mapping[str, Site] | None) -> Site:
     """What the layer of a tensor is, as far as is known."""
     module = name.removesuffix(".weight")
-    sides = shape if len(shape) == 2 else (0, 0)
+    sides = (shape[0], math.prod(shape[1:])) if len(shape) >= 2 else (0, 0)
     if modules is not None:
-        known = modules.get(module) if name != module else None
+        known = modules.get(module)
         return known or Site(module, "keep", sides, reason="no layer that seeds can replace has it as its weight")
-    if name == module or not module:
-        return Site(module, "keep", sides, reason="it is not called *.weight")
+    if "weight" not in name.rpartition(".")[2]:
+        return Site(module, "keep", sides, reason="it is not called *weight*")
+    if len(shape) > 2:
+        return Site(module, "conv", sides)
     embedding = any(word in module.lower() for word in _EMBEDDING_WORDS)
     return Site(module, "embedding" if embedding else "linear", sides)
 
@@ -277,8 +358,7 @@ def _reason(
 ) -> str:
     """Why a tensor is kept; empty where it can become seeds."""
     module = name.removesuffix(".weight")
-    given = shape[::-1] if site.transposed else shape
-    if len(shape) != 2:
+    if len(shape) < 2:
         return "it is no matrix"
     if min(shape) == 0:
         return "it is empty"
@@ -286,7 +366,8 @@ def _reason(
         return f"{dtype} is not a dtype that can be encoded"
     if site.kind == "keep":
         return site.reason or "no layer that seeds can replace has it as its weight"
-    if given != site.shape:
+    given = shape[::-1] if site.transposed else (shape[0], math.prod(shape[1:]))
+    if given != site.shape or (len(shape) > 2) != (site.kind == "conv"):
         return f"the model's layer is {site.shape[0]}x{site.shape[1]}, this is another shape"
     if matches(module, exclude) or matches(name, exclude):
         return "excluded"

@@ -1,14 +1,16 @@
 """`compress_`: a live torch model, its layers replaced by seed layers in place; `decompress_`: the way back."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from rbe import search
-from rbe.allocate import Entry, Plan, make_plan
+from rbe import formats, search
+from rbe.allocate import Entry, Form, Plan, make_plan, usual_rate
 from rbe.checkpoint import FORMAT_VERSION, METHOD
 from rbe.errors import RbeError
+from rbe.formats import SeedSpec
 from rbe.matrix import SeedMatrix
 from rbe.nn import Seeded, swap
 from rbe.search.viterbi import EFFORTS
@@ -17,12 +19,13 @@ from rbe.shards import dtype_name
 
 def plan_model(
     model: nn.Module,
-    bits: float = 2,
+    bits: float | None = None,
     effort: str = "balanced",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     embeddings_bits: float | None = None,
     rates: Mapping[str, float] | None = None,
+    **form: Unpack[Form],
 ) -> tuple[Plan, dict[str, swap.Site]]:
     """What `compress_` would do, and the layers it would do it to; the model may be on the meta device.
 
@@ -31,6 +34,9 @@ def plan_model(
     tensor    kind    shape  format         bytes  remark
     0.weight  linear  64x64  trellis 2 bit   1028
     0.bias    keep    64     F32              256  it is no matrix
+
+    Args:
+        form: format, block, mode, precision and stages of all seeds, as in `SeedSpec`.
 
     Returns:
         (plan, sites by the name of the tensor that becomes seeds).
@@ -43,7 +49,7 @@ def plan_model(
     if effort not in EFFORTS:
         raise RbeError(f"compress: effort {effort!r} is not offered; choose one of {', '.join(EFFORTS)}")
     sites = swap.find(model)
-    tied = {f"{path}.weight": f"{site.module}.weight" for site in sites for path in site.names[1:]}
+    tied = {name: site.tensor for site in sites for name in site.tensors[1:]}
     tensors = {
         name: (tuple(parameter.shape), dtype_name(parameter.dtype))
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -59,8 +65,9 @@ def plan_model(
         include=include,
         exclude=exclude,
         tied=tied,
+        **form,
     )
-    by_name = {f"{site.module}.weight": site for site in sites}
+    by_name = {site.tensor: site for site in sites}
     return plan, {entry.name: by_name[entry.name] for entry in plan.seeded}
 
 
@@ -69,27 +76,37 @@ def encode_entry(
     weight: Tensor,
     effort: str = "balanced",
     *,
+    seed: int = 0,
     threads: int | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> SeedMatrix:
     """Encode one weight, (rows, columns) whatever its layer's layout, as a plan says."""
     assert entry.spec is not None, f"{entry.name} is kept"
+    # The rows of an embedding are generated one by one, so they must not be mixed.
+    rotate = "in" if entry.kind == "embedding" else True
     return search.encode(
         weight,
-        format=entry.spec.format,
-        bits=entry.spec.bits,
         effort=effort,
-        rotate="in" if entry.kind == "embedding" else True,
         row_scale=entry.row_scale,
-        window=entry.spec.window,
+        seed=seed,
         threads=threads,
         progress=progress,
+        **_options(entry.spec, rotate),
     )
+
+
+def _options(spec: SeedSpec, rotate: bool | str) -> dict[str, Any]:
+    """What the encoder of a format is asked for."""
+    if not formats.is_disk(spec.format):
+        return {"format": spec.format, "bits": spec.bits, "window": spec.window, "rotate": rotate}
+    # Smooth blocks are what these formats can hold; a rotation would make noise of them.
+    form = {"format": spec.format, "block": spec.block, "mode": spec.mode, "stages": spec.stages}
+    return {**form, "precision": spec.precision, "rotate": False}
 
 
 def compress_(
     model: nn.Module,
-    bits: float = 2,
+    bits: float | None = None,
     effort: str = "balanced",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -97,6 +114,12 @@ def compress_(
     rates: Mapping[str, float] | None = None,
     progress: Callable[[int, int], object] | None = None,
     threads: int | None = None,
+    *,
+    format: str = "trellis",
+    block: int | None = 16,
+    mode: str | None = None,
+    precision: int = 32,
+    stages: int = 1,
 ) -> Plan:
     """Replace the linear and embedding layers of a model, in place, by layers that hold seeds.
 
@@ -107,7 +130,8 @@ def compress_(
 
     Args:
         model: any torch module with layers inside; shared modules and tied weights stay shared.
-        bits: rate of linear layers, bits per weight: 0.5 to 4 in halves.
+        bits: rate of linear layers, bits per weight: 0.5 to 4 in halves; None is 2. The formats packed64 and packed128
+            have the rate of their block instead.
         effort: "fast", "balanced" or "best": how long the encoder searches.
         include: shell patterns of module paths; when given, everything else is kept.
         exclude: shell patterns of module paths that are kept.
@@ -115,6 +139,7 @@ def compress_(
         rates: shell patterns of module paths, with the rate of what they fit; of several that fit, the last one.
         progress: called with (weights done, weights in all).
         threads: of the encoder; None is torch's number.
+        format, block, mode, precision, stages: of all seeds, as in `SeedSpec`.
 
     Returns:
         the plan that was carried out; printing it shows every tensor, and why one was kept.
@@ -123,7 +148,8 @@ def compress_(
         RbeError: a rate or pattern fits nothing, a weight is not finite, or the model holds seeds already. The model
             is then as it was: layers are exchanged only when every weight has been encoded.
     """
-    plan, sites = plan_model(model, bits, effort, include, exclude, embeddings_bits, rates)
+    form: Form = {"format": format, "block": block, "mode": mode, "precision": precision, "stages": stages}
+    plan, sites = plan_model(model, bits, effort, include, exclude, embeddings_bits, rates, **form)
     total = sum(entry.weights for entry in plan.seeded)
     done = 0
     encoded = []
@@ -140,7 +166,8 @@ def compress_(
         swap.replace(model, site, matrix)
     if hasattr(getattr(model, "config", None), "architectures"):
         # A transformers model: what `save_pretrained` writes must say how to read it.
-        about = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "bits": bits, "effort": effort}
+        about = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "bits": usual_rate(bits, form)}
+        about |= {"effort": effort, **(form if formats.is_disk(format) else {})}
         model.config.quantization_config = {**about, "modules": swap.describe(model)}  # type: ignore[union-attr]
     return plan
 

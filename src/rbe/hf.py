@@ -44,11 +44,12 @@ class RbeConfig(QuantizationConfigMixin):
     ['lm_head']
 
     Args:
-        bits: rate of the linear layers, bits per weight.
+        bits: rate of the linear layers, bits per weight; None is 2 for a trellis, and what the block gives otherwise.
         effort: "fast", "balanced" or "best" (encoding only).
         include, exclude: shell patterns of module paths (encoding only).
         embeddings_bits: rate of embeddings and of heads tied to them; None is `bits`, 0 keeps them dense.
         rates: shell patterns of module paths, with the rate of what they fit (encoding only).
+        format, block, mode, precision, stages: of all seeds, as in `SeedSpec` (encoding only).
         modules: what each seed layer of the file is; written by the library.
         format_version: of the seeds; written by the library.
 
@@ -58,12 +59,17 @@ class RbeConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        bits: float = 2,
+        bits: float | None = None,
         effort: str = "balanced",
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         embeddings_bits: float | None = None,
         rates: Mapping[str, float] | None = None,
+        format: str = "trellis",
+        block: int | None = 16,
+        mode: str | None = None,
+        precision: int = 32,
+        stages: int = 1,
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         **more: Any,
@@ -81,6 +87,7 @@ class RbeConfig(QuantizationConfigMixin):
         self.exclude = list(exclude)
         self.embeddings_bits = embeddings_bits
         self.rates = dict(rates or {})
+        self.format, self.block, self.mode, self.precision, self.stages = format, block, mode, precision, stages
         self.modules = dict(modules or {})
         more.pop("quant_method", None)
         for name, value in more.items():  # kept, so that a folder survives being saved again
@@ -149,11 +156,22 @@ class RbeQuantizer(HfQuantizer):
             return
         config = self.quantization_config
         plan, sites = plan_model(
-            model, config.bits, config.effort, config.include, config.exclude, config.embeddings_bits, config.rates
+            model,
+            config.bits,
+            config.effort,
+            config.include,
+            config.exclude,
+            config.embeddings_bits,
+            config.rates,
+            format=config.format,
+            block=config.block,
+            mode=config.mode,
+            precision=config.precision,
+            stages=config.stages,
         )
         for entry in plan.seeded:
             site = sites[entry.name]
-            self.pending.update({f"{path}.weight": (entry, site) for path in site.names})
+            self.pending.update(dict.fromkeys(site.tensors, (entry, site)))
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether this tensor is a dense weight to be encoded."""
@@ -166,17 +184,20 @@ class RbeQuantizer(HfQuantizer):
     def encode(self, model: nn.Module, name: str, weight: Tensor, missing: set[str]) -> dict[str, Tensor]:
         """Encode one weight, swap its layers, and return the tensors for the loader to put in place."""
         entry, site = self.pending[name]
-        missing.difference_update(f"{user}.weight" for user in site.names)
+        missing.difference_update(site.tensors)
         digest = hashlib.sha256(weight.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
         if isinstance(model.get_submodule(site.module), Seeded):
             if self._digest[site.module] == digest:
                 return {}  # the file holds the tied weight twice
             raise RbeError(
-                f"{name} differs from {site.module}.weight, but the configuration ties them; "
+                f"{name} differs from {site.tensor}, but the configuration ties them; "
                 "set tie_word_embeddings=False in the source's config.json"
             )
         self._digest[site.module] = digest
-        matrix = encode_entry(entry, weight.T if site.transposed else weight, self.quantization_config.effort)
+        assert entry.spec is not None
+        matrix = encode_entry(
+            entry, checkpoint.as_matrix(weight, entry.spec, site.transposed), self.quantization_config.effort
+        )
         swap.place(model, site, matrix.spec, matrix.row_scale is not None)
         return {f"{site.module}.{key}": value for key, value in matrix.to_tensors().items()}
 
@@ -184,10 +205,12 @@ class RbeQuantizer(HfQuantizer):
         self.quantization_config.modules = swap.describe(model)
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """Bring the description up to date with the model, and repeat it in every file's header."""
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """Bring the description up to date with the model, and repeat it in every file's header; pack open seeds."""
         modules = self.quantization_config.modules = swap.describe(model)
-        return None, header_metadata({name: entry["spec"] for name, entry in modules.items()})
+        opened = any(isinstance(module, Seeded) and module.trainable for module in model.modules())
+        state = swap.packed_state(model) if opened else None
+        return state, header_metadata({name: entry["spec"] for name, entry in modules.items()})
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         # Saving a model turns its configuration's dtype into text.

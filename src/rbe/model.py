@@ -102,7 +102,8 @@ def load(
             f"give one: rbe.load({str(folder)!r}, model={about[_CLASS]}(...))"
         )
     matrices, rest = checkpoint.load_matrices(folder)
-    tensors: dict[str, SeedMatrix | Tensor] = {f"{module}.weight": matrix for module, matrix in matrices.items()}
+    names = {module: checkpoint.weight_name(module, entry) for module, entry in about["modules"].items()}
+    tensors: dict[str, SeedMatrix | Tensor] = {names[module]: matrix for module, matrix in matrices.items()}
     return {**tensors, **rest}
 
 
@@ -156,7 +157,7 @@ def _save_plain(model: nn.Module, work: Path, max_shard_size: int) -> None:
     tensors: dict[str, Tensor] = {}
     first: dict[tuple[Any, ...], str] = {}
     same = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in swap.packed_state(model).items():
         if not isinstance(tensor, Tensor):
             raise RbeError(f"save: the state of {name} is a {type(tensor).__name__}, which safetensors cannot hold")
         # One tensor under two names is stored once; an empty one has no place of its own.
@@ -166,10 +167,7 @@ def _save_plain(model: nn.Module, work: Path, max_shard_size: int) -> None:
         else:
             same[name] = first[place]
     described = swap.describe(model)
-    modules = {
-        name: Module(**{**entry, "spec": SeedSpec.from_json(entry["spec"]), "tied": tuple(entry["tied"])})
-        for name, entry in described.items()
-    }
+    modules = {name: Module.from_json(entry) for name, entry in described.items()}
     settings = {_CLASS: type(model).__name__, _SAME: same}
     outgoing = [shards.outgoing(name, tensor) for name, tensor in tensors.items()]
     checkpoint.write_folder(work, outgoing, Contents(modules, settings=settings), max_shard_size)
@@ -209,15 +207,11 @@ def _fill(model: nn.Module, found: Folder) -> None:
     state = {name: stored.read() for name, stored in found.tensors.items()}
     about = found.config["quantization_config"]
     entries = checkpoint.specs(found.config)
-    for path, (spec, _) in entries.items():
-        site = sites.get(path)
-        if site is None or site.kind == "keep":
-            reason = "it has no such layer" if site is None else site.reason
-            raise RbeError(f"load: the folder holds seeds for {path}, but the given model cannot: {reason}")
-        if spec.shape != site.shape:
-            raise RbeError(f"load: {path} is {site.shape} in the given model, but {spec.shape} in the folder")
+    held = {path: module for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, Seeded)}
+    for path, (spec, entry) in entries.items():
+        _check_place(path, spec, entry, sites, held)
     state.update({name: state[source] for name, source in about.get(_SAME, {}).items()})
-    missing = _names_after(model, sites, entries) ^ set(state)
+    missing = _names_after(model, entries) ^ set(state)
     if missing:
         raise RbeError(
             f"load: the given model and the folder do not have the same tensors ({', '.join(sorted(missing)[:4])}); "
@@ -231,7 +225,12 @@ def _fill(model: nn.Module, found: Folder) -> None:
             )
     for path, (spec, entry) in entries.items():
         shared = tuple(entry.get("tied", ()))
-        swap.place(model, replace(sites[path], module=path, shared=shared), spec, entry["row_scale"])
+        if path in held:
+            swap.shut(held[path])
+        elif entry["kind"] == "vector":
+            swap.place_vector(model, path, spec)
+        else:
+            swap.place(model, replace(sites[path], module=path, shared=shared), spec, entry["row_scale"])
     model.load_state_dict(state, assign=True)
     # Assigning gives every name a parameter of its own; what was one must be one again.
     for name, source in about.get(_SAME, {}).items():
@@ -241,15 +240,37 @@ def _fill(model: nn.Module, found: Folder) -> None:
             setattr(target, name.rpartition(".")[2], value)
 
 
-def _names_after(
-    model: nn.Module, sites: dict[str, swap.Site], entries: dict[str, tuple[SeedSpec, dict[str, Any]]]
-) -> set[str]:
+def _check_place(
+    path: str, spec: SeedSpec, entry: dict[str, Any], sites: dict[str, swap.Site], held: dict[str, Seeded]
+) -> None:
+    """Refuse a model that has no place for a seed layer of the folder, or another one."""
+    if path in held:
+        if held[path].spec != spec:
+            raise RbeError(
+                f"load: {path} is {held[path].spec} in the given model, but {spec} in the folder; build the model with "
+                "the settings it was saved with"
+            )
+        return
+    owner = path.rpartition(".")[0]
+    site = sites.get(owner if entry["kind"] == "vector" else path)
+    if site is None or site.kind == "keep":
+        reason = "it has no such layer" if site is None else site.reason
+        raise RbeError(f"load: the folder holds seeds for {path}, but the given model cannot: {reason}")
+    shape = (site.shape[0], 1) if entry["kind"] == "vector" else site.shape
+    if spec.shape != shape:
+        raise RbeError(f"load: {path} is {shape} in the given model, but {spec.shape} in the folder")
+
+
+def _names_after(model: nn.Module, entries: dict[str, tuple[SeedSpec, dict[str, Any]]]) -> set[str]:
     """Names in the state dict once the seed layers are in place."""
     names = set(model.state_dict())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for path, (spec, entry) in entries.items():
-        owner = model.get_submodule(path)
+        owner = modules.get(path)
         for other in (path, *entry.get("tied", ())):
             names.discard(f"{other}.weight")
-            if other == path or model.get_submodule(other) is owner:
+            names.difference_update(f"{other}.{name}" for name in ("code", "radius", "angle", "scale"))
+            if other == path or modules.get(other) is owner:
                 names.update(checkpoint.expected(other, spec, entry["row_scale"]))
+        names.discard(checkpoint.weight_name(path, entry))
     return names

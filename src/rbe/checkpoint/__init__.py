@@ -15,6 +15,7 @@ from rbe.checkpoint.folder import (
     FORMAT_VERSION,
     METHOD,
     Folder,
+    as_matrix,
     check_files,
     expected,
     is_ours,
@@ -24,6 +25,8 @@ from rbe.checkpoint.folder import (
     read_index,
     specs,
     strangers,
+    weight_name,
+    weight_sides,
 )
 from rbe.checkpoint.write import Contents, Module, cut, read_fingerprint, seal, write_fingerprint, write_folder
 
@@ -37,6 +40,7 @@ __all__ = [
     "Module",
     "Row",
     "Verification",
+    "as_matrix",
     "check_files",
     "cut",
     "expected",
@@ -52,6 +56,8 @@ __all__ = [
     "specs",
     "strangers",
     "verify",
+    "weight_name",
+    "weight_sides",
     "write_fingerprint",
     "write_folder",
 ]

@@ -9,8 +9,21 @@ from typing import Any
 from torch import Tensor
 
 from rbe import metrics, shards
-from rbe.checkpoint.folder import CONFIG, Folder, check_files, expected, intact, open_tensors, specs
+from rbe.allocate import label
+from rbe.checkpoint.folder import (
+    CONFIG,
+    Folder,
+    as_matrix,
+    check_files,
+    expected,
+    intact,
+    open_tensors,
+    specs,
+    weight_name,
+    weight_sides,
+)
 from rbe.errors import CorruptFile
+from rbe.formats import SeedSpec
 from rbe.matrix import SeedMatrix
 from rbe.source import open_source
 
@@ -21,12 +34,13 @@ class Row:
 
     Attributes:
         name: of the module, or of the tensor where it was kept.
-        kind: "linear", "embedding" or "keep".
+        kind: what the layer is, or "keep".
         shape: (rows, columns) of a matrix as torch has it, whatever the source's layout.
         format: "trellis 2 bit", or the dtype.
         bits: nominal rate of the seeds; None for a kept tensor.
         nbytes: stored bytes, scales counted, file headers not.
         error: squared error relative to the source; 0 for a kept tensor, None where it is not known.
+        spec: of the seeds; None for a kept tensor.
     """
 
     name: str
@@ -36,6 +50,12 @@ class Row:
     bits: float | None
     nbytes: int
     error: float | None
+    spec: SeedSpec | None = None
+
+    @property
+    def captured(self) -> float | None:
+        """Share of the source's energy (sum of squares) that the seeds hold, 1 - error; None where it is not known."""
+        return None if self.error is None else 1.0 - self.error
 
     @property
     def weights(self) -> int:
@@ -88,9 +108,8 @@ def inspect(dst: Path) -> list[Row]:
         names = expected(module, spec, entry["row_scale"])
         seen.update(names)
         nbytes = sum(folder.tensors[name].nbytes for name in names)
-        form = f"{spec.format} {spec.bits:g} bit"
         error = folder.about["errors"].get(module)
-        rows.append(Row(module, entry["kind"], spec.shape, form, spec.bits, nbytes, error))
+        rows.append(Row(module, entry["kind"], spec.shape, label(spec), spec.bits, nbytes, error, spec))
     for name, tensor in folder.tensors.items():
         if name not in seen:
             rows.append(Row(name, "keep", tensor.shape, tensor.dtype, None, tensor.nbytes, 0.0))
@@ -142,13 +161,12 @@ def _against(folder: Folder, src: Path) -> tuple[list[str], int]:
     taken: set[str] = set()
     for module, (spec, entry) in modules.items():
         taken.update(expected(module, spec, entry["row_scale"]))
-        stored = dense.get(f"{module}.weight")
-        shape = spec.shape[::-1] if entry["transposed"] else spec.shape
+        stored, shape = dense.get(weight_name(module, entry)), weight_sides(spec, entry)
         if stored is None or stored.shape != shape:
-            problems.append(f"{module}: {src} has no {shape[0]}x{shape[1]} weight of that name")
+            problems.append(f"{module}: {src} has no {'x'.join(map(str, shape))} weight of that name")
             continue
-        weight = stored.read(copy=False)
-        error = measured_error(folder.matrix(module), weight.T if entry["transposed"] else weight)
+        weight = as_matrix(stored.read(copy=False), spec, entry["transposed"])
+        error = measured_error(folder.matrix(module), weight)
         known = folder.about["errors"].get(module)
         if known is not None and not math.isclose(error, known, rel_tol=1e-3, abs_tol=1e-9):
             problems.append(f"{module}: squared error against {src} is {error:.6g}, it was {known:.6g} when written")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,10 @@ class Folder:
         spec, entry = specs(self.config)[module]
         names = expected(module, spec, entry["row_scale"])
         tensors = {name.rpartition(".")[2]: self.tensors[name].read() for name in names}
-        return SeedMatrix.from_tensors(tensors, spec)
+        try:
+            return SeedMatrix.from_tensors(tensors, spec)
+        except RbeError as cause:
+            raise CorruptFile(f"{self.path}: {module}: {cause}") from cause
 
 
 def is_ours(path: Path) -> bool:
@@ -220,6 +224,32 @@ def expected(module: str, spec: SeedSpec, row_scale: bool) -> dict[str, tuple[st
     return stored
 
 
+def weight_name(module: str, entry: Mapping[str, Any]) -> str:
+    """Name of the dense weight of a module in the source.
+
+    >>> weight_name("lstm.weight_ih_l0", {"tensor": "lstm.weight_ih_l0"}), weight_name("a", {})
+    ('lstm.weight_ih_l0', 'a.weight')
+    """
+    return str(entry.get("tensor") or f"{module}.weight")
+
+
+def weight_sides(spec: SeedSpec, entry: Mapping[str, Any]) -> tuple[int, ...]:
+    """Shape of the dense weight of a module in the source.
+
+    Raises:
+        CorruptFile: it has not as many elements as the matrix.
+    """
+    sides = tuple(entry.get("sides", ())) or (spec.shape[::-1] if entry["transposed"] else spec.shape)
+    if not all(type(side) is int for side in sides) or math.prod(sides) != math.prod(spec.shape):
+        raise CorruptFile(f"a weight of shape {sides} is no {spec.shape} matrix; fetch the folder again")
+    return sides
+
+
+def as_matrix(weight: Tensor, spec: SeedSpec, transposed: bool) -> Tensor:
+    """A dense weight of the source as the (rows, columns) matrix that its seeds stand for."""
+    return weight.T if transposed else weight.reshape(spec.shape)
+
+
 def open_tensors(dst: Path) -> Folder:
     """Open a compressed folder without reading tensors; everything that headers can tell is checked.
 
@@ -251,6 +281,7 @@ def open_tensors(dst: Path) -> Folder:
         if len(tensors) != len(index["weight_map"]) or len(tensors) != len(about["tensors"]):
             raise CorruptFile(f"{dst} has {len(tensors)} tensors in its shards, the index {len(index['weight_map'])}")
         for module, (spec, entry) in specs(config).items():
+            weight_sides(spec, entry)
             for name, (dtype, shape) in expected(module, spec, entry["row_scale"]).items():
                 if name not in tensors or (tensors[name].dtype, tensors[name].shape) != (dtype, shape):
                     raise CorruptFile(f"{dst}: {name} should be there as {dtype} {list(shape)}; fetch the folder again")
@@ -262,7 +293,8 @@ def check_files(dst: Path) -> Folder:
 
     Raises:
         RbeError: the folder is not a compressed one, or of another version.
-        CorruptFile: anything was changed; the message names the file and, where possible, the tensor.
+        CorruptFile: anything was changed, or a number stands for no weight; the message names the file and, where
+            possible, the tensor or the field of the seed.
     """
     folder = open_tensors(dst)
     for name, entry in folder.about["files"].items():
@@ -272,6 +304,8 @@ def check_files(dst: Path) -> Folder:
             ]
             where = damaged[0].name if damaged else "its header"
             raise CorruptFile(f"{dst / name} was changed after it was written (in {where}); fetch it again")
+    for module in specs(folder.config):
+        folder.matrix(module)  # whoever wrote the checksums may have written radii outside of the disk too
     return folder
 
 

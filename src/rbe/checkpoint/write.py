@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rbe import shards
 from rbe.checkpoint.folder import CARD, CONFIG, FORMAT_VERSION, METHOD, read_index, sealed
@@ -22,6 +22,8 @@ class Module:
         spec, kind, row_scale, transposed: as in `rbe.allocate.Entry`.
         dtype: of the dense weight in the source.
         tied: modules whose weight is this one and is not stored.
+        tensor: name of the dense weight in the source; empty where it is `<module>.weight`.
+        sides: shape of the dense weight in the source; empty where it is the matrix', turned where `transposed`.
     """
 
     spec: SeedSpec
@@ -30,10 +32,20 @@ class Module:
     transposed: bool = False
     dtype: str = "F32"
     tied: tuple[str, ...] = ()
+    tensor: str = ""
+    sides: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that survives JSON."""
-        return {**asdict(self), "spec": self.spec.to_json(), "tied": list(self.tied)}
+        entry = {**asdict(self), "spec": self.spec.to_json(), "tied": list(self.tied), "sides": list(self.sides)}
+        return {name: value for name, value in entry.items() if value or name not in ("tensor", "sides")}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`; what a later version adds is left out."""
+        known = {field.name: entry[field.name] for field in fields(cls) if field.name in entry}
+        sides = tuple(entry.get("sides", ()))
+        return cls(**{**known, "spec": SeedSpec.from_json(entry["spec"]), "tied": tuple(entry["tied"]), "sides": sides})
 
 
 @dataclass(frozen=True)

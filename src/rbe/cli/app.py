@@ -31,6 +31,21 @@ class Effort(StrEnum):
     best = "best"
 
 
+class Format(StrEnum):
+    """What seeds are."""
+
+    trellis = "trellis"
+    packed64 = "packed64"
+    packed128 = "packed128"
+
+
+class Mode(StrEnum):
+    """Variant of packed128."""
+
+    radial = "radial"
+    faithful = "faithful"
+
+
 class Activations(StrEnum):
     """How activations enter the product."""
 
@@ -124,6 +139,19 @@ def _rates(given: Sequence[str]) -> dict[str, float]:
     return found
 
 
+def _block(text: str) -> int | None:
+    """The value of `--block`.
+
+    Raises:
+        RbeError: it is neither a number nor "none".
+    """
+    if text.lower() == "none":
+        return None
+    if not text.isdecimal():
+        raise RbeError(f"--block {text}: give the edge of a block, such as 16, or none for one block a matrix")
+    return int(text)
+
+
 @app.command()
 @guarded
 def compress(
@@ -131,7 +159,17 @@ def compress(
     target: Annotated[
         Path, typer.Argument(metavar="DST", help="The folder to write; an older result there is replaced.")
     ],
-    bits: Annotated[float, typer.Option(help="Bits a weight: 0.5, 1, 1.5, 2, 2.5, 3, 3.5 or 4.")] = 2.0,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Bits a weight of a trellis: 0.5, 1, 1.5, 2 (default), 2.5, 3, 3.5 or 4."),
+    ] = None,
+    format: Annotated[Format, typer.Option(help="What the seeds are.")] = Format.trellis,
+    block: Annotated[
+        str, typer.Option(metavar="EDGE|none", help="Packed formats: edge of a block; none makes a matrix one block.")
+    ] = "16",
+    mode: Annotated[Mode | None, typer.Option(help="packed128: radial (default), or faithful to the paper.")] = None,
+    stages: Annotated[int, typer.Option(min=1, help="Packed formats: seeds summed in every block.")] = 1,
+    precision: Annotated[int, typer.Option(help="packed64: bits of a number, 32 or 64.")] = 32,
     effort: Annotated[Effort, typer.Option(help="How hard to search: fast for a try, best for the last percents.")] = (
         Effort.balanced
     ),
@@ -171,6 +209,11 @@ def compress(
         threads=threads,
         seed=seed,
         max_shard_size=max_shard_size,
+        format=format.value,
+        block=_block(block),
+        mode=None if mode is None else mode.value,
+        stages=stages,
+        precision=precision,
     )
 
 

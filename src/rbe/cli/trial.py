@@ -315,11 +315,10 @@ def compare_tensors(folder: Path, source: Path) -> list[dict[str, Any]]:
     dense = open_source(source).tensors
     found = []
     for module, (spec, entry) in checkpoint.specs(opened.config).items():
-        stored = dense.get(f"{module}.weight")
-        if stored is None or stored.shape not in (spec.shape, spec.shape[::-1]):
-            raise RbeError(f"{source} has no {spec.shape[0]}x{spec.shape[1]} weight {module}; is it the source?")
-        weight = stored.read(copy=False).float()
-        weight = weight.T if entry["transposed"] else weight
+        stored, sides = dense.get(checkpoint.weight_name(module, entry)), checkpoint.weight_sides(spec, entry)
+        if stored is None or stored.shape != sides:
+            raise RbeError(f"{source} has no {'x'.join(map(str, sides))} weight {module}; is it the source?")
+        weight = checkpoint.as_matrix(stored.read(copy=False).float(), spec, entry["transposed"])
         matrix = opened.matrix(module)
         error = checkpoint.measured_error(matrix, weight)
         x = torch.randn(8, spec.shape[1], generator=torch.Generator().manual_seed(0))

@@ -45,7 +45,11 @@ def assemble(
                 tensors.append(Outgoing(f"{entry.module}.{key}", piece.dtype, piece.shape, piece.chunks))
         tied = tuple(name.removesuffix(".weight") for name, holder in roles.tied.items() if holder == entry.name)
         spec = SeedSpec.from_json(journal.done[entry.name]["spec"])
-        modules[entry.module] = Module(spec, entry.kind, entry.row_scale, entry.transposed, entry.dtype, tied)
+        sides = entry.shape if len(entry.shape) != 2 else ()
+        named = "" if entry.name == f"{entry.module}.weight" else entry.name
+        modules[entry.module] = Module(
+            spec, entry.kind, entry.row_scale, entry.transposed, entry.dtype, tied, named, sides
+        )
     tell(Progress("write", dense.path.name))
     copied = {}
     for name in dense.others:

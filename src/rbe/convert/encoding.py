@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 
-from rbe import allocate, checkpoint, search
-from rbe.allocate import Entry
+from rbe import allocate, checkpoint, formats
+from rbe.allocate import Entry, Form
+from rbe.compress import encode_entry
 from rbe.convert.journal import Journal
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.metrics import shannon_floor
 from rbe.shards import Stored
+
+# Sides of the matrix that is encoded to estimate the time.
+_SAMPLE = 128
 
 
 @dataclass(frozen=True)
@@ -122,21 +126,8 @@ def _encode(
     entry, spec = job.entry, job.entry.spec
     assert spec is not None
     stored = job.stored.read(copy=False)
-    weight = stored.T if entry.transposed else stored
-    embedding = entry.kind == "embedding"
-    matrix = search.encode(
-        weight,
-        format=spec.format,
-        bits=spec.bits,
-        effort=job.effort,
-        # The rows of an embedding are generated one by one, so they must not be mixed.
-        rotate="in" if embedding else True,
-        row_scale=entry.row_scale,
-        seed=job.seed,
-        window=spec.window,
-        threads=job.threads,
-        progress=progress,
-    )
+    weight = checkpoint.as_matrix(stored, spec, entry.transposed)
+    matrix = encode_entry(entry, weight, job.effort, seed=job.seed, threads=job.threads, progress=progress)
     tensors = {key: value.numpy() for key, value in matrix.to_tensors().items()}
     error = checkpoint.measured_error(matrix, weight)
     if not math.isfinite(error):
@@ -159,10 +150,15 @@ def estimate(jobs: Sequence[Job], workers: int) -> float:
     largest = max(jobs, key=lambda job: job.entry.weights)
     spec = largest.entry.spec
     assert spec is not None
-    sample = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
+    sample = torch.randn(_SAMPLE, _SAMPLE, generator=torch.Generator().manual_seed(0))
+    form: Form = {"format": spec.format, "block": spec.block, "mode": spec.mode}
+    form |= {"precision": spec.precision, "stages": spec.stages}
+    bits = None if formats.is_disk(spec.format) else spec.bits
+    small = formats.make_spec(shape=(_SAMPLE, _SAMPLE), bits=bits, window=spec.window, **form)
+    entry = Entry("sample", "linear", (_SAMPLE, _SAMPLE), "F32", small)
     took = []
     for _ in range(2):
         began = time.monotonic()
-        search.encode(sample, bits=spec.bits, effort=largest.effort, threads=largest.threads)
+        encode_entry(entry, sample, largest.effort, threads=largest.threads)
         took.append(time.monotonic() - began)
     return sum(job.entry.weights for job in jobs) * min(took) / sample.numel() / workers

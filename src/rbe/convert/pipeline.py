@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rbe import __version__, allocate, checkpoint, shards, source
-from rbe.allocate import Plan
+from rbe import __version__, allocate, checkpoint, formats, shards, source
+from rbe.allocate import Form, Plan
 from rbe.convert import place
 from rbe.convert.assembly import ask, assemble
 from rbe.convert.encoding import Encoded, Job, Progress, encode_all, estimate, summary
@@ -77,7 +77,7 @@ class Conversion:
 def compress(
     src: str | Path,
     dst: str | Path,
-    bits: float = 2,
+    bits: float | None = None,
     effort: str = "balanced",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -90,6 +90,12 @@ def compress(
     max_shard_size: int | str = "5GB",
     progress: Callable[[Progress], object] | None = None,
     fingerprint: Callable[[Path], Mapping[str, Any]] | None = None,
+    *,
+    format: str = "trellis",
+    block: int | None = 16,
+    mode: str | None = None,
+    precision: int = 32,
+    stages: int = 1,
 ) -> Conversion:
     """Write a model as seeds.
 
@@ -100,6 +106,7 @@ def compress(
         src: a transformers folder or a .safetensors file.
         dst: folder to write; one that this function wrote before is replaced, any other is refused.
         bits, embeddings_bits, rates, include, exclude: as in `rbe.allocate.make_plan`.
+        format, block, mode, precision, stages: of all seeds, as in `SeedSpec`.
         effort: "fast", "balanced" or "best".
         seed: of the rotations.
         threads: of each encoder; by default the cores are shared out among the workers.
@@ -125,6 +132,7 @@ def compress(
     dense = source.open_source(src)
     dst = place.free_target(src, dst)
     roles = source.roles(dense)
+    form: Form = {"format": format, "block": block, "mode": mode, "precision": precision, "stages": stages}
     plan = allocate.make_plan(
         {name: (tensor.shape, tensor.dtype) for name, tensor in dense.tensors.items()},
         roles.modules,
@@ -136,11 +144,14 @@ def compress(
         exclude=exclude,
         tied=roles.tied,
         ignored=roles.ignored,
+        **form,
     )
     _check_plan(plan, src)
     source.check_values(dense, frozenset(entry.name for entry in plan.seeded))
-    settings = {"bits": float(bits), "effort": effort, "include": list(include), "exclude": list(exclude)}
-    settings |= {"embeddings_bits": embeddings_bits, "rates": dict(rates or {}), "seed": seed}
+    settings: dict[str, Any] = {"effort": effort, "include": list(include), "exclude": list(exclude), "seed": seed}
+    settings |= {"bits": allocate.usual_rate(bits, form), "embeddings_bits": embeddings_bits}
+    settings |= {"rates": dict(rates or {})}
+    settings |= form if formats.is_disk(format) else {}
     work = dst.parent / f".{dst.name}.rbe-partial"
     if threads is None and workers > 1:
         threads = max(1, (os.cpu_count() or 1) // workers)

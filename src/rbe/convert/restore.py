@@ -75,7 +75,7 @@ def _dense_tensors(folder: checkpoint.Folder, dtype: torch.dtype | None) -> list
     for module, (spec, entry) in checkpoint.specs(folder.config).items():
         taken.update(checkpoint.expected(module, spec, entry["row_scale"]))
         target = dtype or shards.torch_dtype(entry.get("dtype", "F32")) or torch.float32
-        shape = spec.shape[::-1] if entry["transposed"] else spec.shape
+        shape = checkpoint.weight_sides(spec, entry)
 
         def generate(
             module: str = module, flip: bool = entry["transposed"], to: torch.dtype = target
@@ -83,8 +83,9 @@ def _dense_tensors(folder: checkpoint.Folder, dtype: torch.dtype | None) -> list
             weight: Tensor = folder.matrix(module).decode()
             yield shards.raw((weight.T if flip else weight).to(to))
 
-        for name in (module, *entry.get("tied", ())):
-            tensors[f"{name}.weight"] = Outgoing(f"{name}.weight", shards.dtype_name(target), shape, generate)
+        tied = [f"{name}.weight" for name in entry.get("tied", ())]
+        for name in (checkpoint.weight_name(module, entry), *tied):
+            tensors[name] = Outgoing(name, shards.dtype_name(target), shape, generate)
     for name, stored in folder.tensors.items():
         if name not in taken:
             tensors[name] = Outgoing(name, stored.dtype, stored.shape, stored.chunks)

@@ -8,15 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rbe import formats
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.matrix import SeedMatrix
 from rbe.nn.embedding import Embedding
 from rbe.nn.linear import Linear
-from rbe.nn.seeded import Seeded
+from rbe.nn.seeded import Seeded, SeededVector
 from rbe.shards import dtype_name
 
-Kind = Literal["linear", "embedding", "keep"]
+Kind = Literal["linear", "embedding", "conv", "recurrent", "keep"]
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -52,6 +53,16 @@ class Site:
     def names(self) -> tuple[str, ...]:
         """Every path, the owner's first."""
         return (self.module, *self.shared)
+
+    @property
+    def tensor(self) -> str:
+        """Name of the dense weight."""
+        return self.tensors[0]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Every name of the dense weight, the owner's first."""
+        return self.names if self.kind == "recurrent" else tuple(f"{path}.weight" for path in self.names)
 
 
 def _role(module: nn.Module) -> tuple[Kind, bool, str] | None:
@@ -288,6 +299,64 @@ def _forget_ties(model: nn.Module) -> None:
             module._tied_weights_keys = left  # type: ignore[assignment]  # shadows the class's list on this instance
 
 
+def place_vector(model: nn.Module, path: str, spec: SeedSpec) -> None:
+    """Put an unfilled vector on the meta device in place of the dense bias of a seed layer, for a loader to fill.
+
+    Raises:
+        RbeError: the layer cannot have one.
+    """
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if not isinstance(parent, Linear) or not path.endswith("bias_seed"):
+        raise RbeError(f"{path}: the seeds of a vector cannot be put into {type(parent).__name__}")
+    parent.bias = None
+    parent.bias_seed = SeededVector(
+        spec.shape[0],
+        format=spec.format,
+        mode=spec.mode,
+        precision=spec.precision,
+        stages=spec.stages,
+        device="meta",
+        dtype=parent.weight_dtype,
+    )
+    shut(parent.bias_seed)
+
+
+def shut(module: Seeded) -> None:
+    """Bring a layer into the state that files have, its tensors unfilled, for a loader to fill."""
+    if module.trainable and module.owner is module:
+        for name in ("code", "radius", "angle", "scale"):
+            delattr(module, name)
+        words = (module.spec.blocks, formats.get(module.spec.format).words(module.spec))
+        module.register_buffer("seeds", torch.empty(words, dtype=torch.int64, device="meta"))
+        module.register_buffer("scale", torch.empty((), dtype=torch.float32, device="meta"))
+        module._prepared = None
+
+
+def packed_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model as files hold it: the seeds of open layers packed.
+
+    >>> sorted(packed_state(nn.Sequential(Linear(32, 32, bias=False, format="packed128"))))
+    ['0.scale', '0.seeds']
+
+    Raises:
+        RbeError: a radius was trained out of [0, 1), or a number is not finite.
+    """
+    state: dict[str, Tensor] = dict(model.state_dict())
+    packed: dict[int, SeedMatrix] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, Seeded) or module.owner is not module or not module.trainable:
+            continue
+        prefix = f"{path}." if path else ""
+        try:
+            matrix = packed.setdefault(id(module), module.matrix)
+        except RbeError as cause:
+            raise RbeError(f"{path or 'model'}: {cause}") from cause
+        for name in ("code", "radius", "angle"):
+            del state[f"{prefix}{name}"]
+        state.update({f"{prefix}{name}": tensor for name, tensor in matrix.to_tensors().items()})
+    return state
+
+
 def _is_parameter(model: nn.Module, *names: str) -> bool:
     for name in names:
         path, _, leaf = name.rpartition(".")
@@ -308,7 +377,7 @@ def decompress_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     weights: dict[int, nn.Parameter] = {}
     layers: dict[int, nn.Module] = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(module, Seeded):
+        if not isinstance(module, Seeded) or isinstance(module, SeededVector):  # a layer takes its vectors with it
             continue
         if id(module) not in layers:
             owner = id(module.owner)
@@ -342,6 +411,9 @@ def _dense_layer(module: Seeded, weight: nn.Parameter, dtype: torch.dtype | None
     new.weight = weight
     if isinstance(module, Linear):
         bias = module.bias
+        if module.bias_seed is not None:
+            with torch.no_grad():
+                bias = nn.Parameter(module.bias_seed().to(weight.dtype))
         if isinstance(bias, nn.Parameter) and dtype is not None:
             bias.data = bias.data.to(dtype)
         new.bias = bias
@@ -353,6 +425,19 @@ def _dense_layer(module: Seeded, weight: nn.Parameter, dtype: torch.dtype | None
     return new  # type: ignore[no-any-return]
 
 
+def _kind(module: Seeded) -> str:
+    if isinstance(module, SeededVector):
+        return "vector"
+    return "embedding" if isinstance(module, Embedding) else "linear"
+
+
+def _original(path: str, module: Seeded) -> dict[str, Any]:
+    """Name and shape of the dense tensor that a layer stands for, where they are not the usual ones."""
+    if isinstance(module, SeededVector):
+        return {"tensor": path.removesuffix("_seed"), "sides": [module.spec.shape[0]]}
+    return {}
+
+
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What a loader must know to rebuild the seed layers: for every owner's path a JSON-ready entry.
 
@@ -361,7 +446,8 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
 
     Returns:
         {path: {"spec", "kind", "row_scale", "transposed", "dtype", "tied"}}; dtype is that of the virtual weight, tied
-        are the paths that share the owner's seeds.
+        are the paths that share the owner's seeds. Where the dense tensor is not a matrix `<path>.weight`, its name is
+        "tensor" and its shape "sides".
     """
     paths: dict[int, list[str]] = {}
     modules: dict[int, Seeded] = {}
@@ -375,10 +461,11 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
         own = [path for path in paths[key] if model.get_submodule(path) is owner]
         entries[own[0]] = {
             "spec": owner.spec.to_json(),
-            "kind": "embedding" if isinstance(owner, Embedding) else "linear",
+            "kind": _kind(owner),
             "row_scale": owner.row_scale is not None,
             "transposed": owner.transposed,
             "dtype": dtype_name(owner.weight_dtype),
             "tied": [path for path in paths[key] if path != own[0]],
+            **_original(own[0], owner),
         }
     return entries
