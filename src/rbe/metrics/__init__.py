@@ -9,7 +9,7 @@ from rbe.metrics.outputs import (
     spearman,
 )
 from rbe.metrics.rounding import FLOAT32, FLOAT64, accumulated, dot_bound, seed_bound, storage_bound, weight_bound
-from rbe.metrics.spectrum import (
+from rbe.metrics.spectra import (
     Jacobian,
     Spectrum,
     condition,
