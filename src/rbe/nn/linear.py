@@ -109,11 +109,10 @@ class Linear(Seeded):
                 mode=spec.mode,
                 precision=spec.precision,
                 stages=spec.stages,
+                rms=bound / 3**0.5,
                 device=device,
                 dtype=dtype,
             )
-            with torch.no_grad():
-                self.bias_seed.scale.mul_(bound)  # from a root mean square of 1/sqrt(3) to that of torch's bias
 
     @classmethod
     def from_spec(

@@ -32,6 +32,7 @@ class Seeded(nn.Module):
 
     Attributes:
         spec: what the matrix is, apart from its tensors; rows are outputs, as in torch.
+        fresh_rms: root mean square of fresh weights; by default that of torch's Linear, 1 / sqrt(3 columns).
         transposed: True where `weight` must look like the (in, out) weight of the layer that was replaced.
         weight_dtype: the dtype that `weight` has, following `.to()` and `.half()`; the stored scales never follow.
         activations: "float32" (exact) or "int8" (faster, one scale per row of the input).
@@ -55,6 +56,7 @@ class Seeded(nn.Module):
         transposed: bool = False,
         trainable: bool = False,
         owner: "Seeded | None" = None,
+        rms: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -63,6 +65,7 @@ class Seeded(nn.Module):
         definition.check(spec)
         self.spec = spec
         self.transposed = transposed
+        self.fresh_rms = (3 * spec.shape[1]) ** -0.5 if rms is None else rms
         self.weight_dtype = dtype or torch.get_default_dtype()
         self.activations = "float32"
         self._prepared: kernels.Prepared | None = None
@@ -97,10 +100,10 @@ class Seeded(nn.Module):
         self.register_parameter("scale", nn.Parameter(scale))
 
     def reset_parameters(self) -> None:
-        """Draw random seeds whose weights have the variance 1 / (3 columns), like a fresh torch Linear."""
+        """Draw random seeds whose weights have the size `fresh_rms`."""
         if self._owner or self.scale.is_meta:
             return
-        size = (3 * self.spec.shape[1]) ** -0.5
+        size = self.fresh_rms
         with torch.no_grad():
             if formats.is_disk(self.spec.format):
                 code, radius, angle = fresh_points(self.spec)
@@ -322,6 +325,7 @@ class SeededVector(Seeded):
     Args:
         n: entries; the vector is an (n, 1) matrix of a single block.
         format, mode, precision, stages: as in `SeedSpec`; a format with radius and angle.
+        rms: root mean square of the fresh entries.
 
     Raises:
         RbeError: the format does not offer whole matrices as one block.
@@ -337,12 +341,13 @@ class SeededVector(Seeded):
         mode: str | None = None,
         precision: int = 32,
         stages: int = 1,
+        rms: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         formats.disk(format)
         spec = formats.make_spec(format, (n, 1), block=None, mode=mode, precision=precision, stages=stages)
-        super().__init__(spec, trainable=True, device=device, dtype=dtype)
+        super().__init__(spec, trainable=True, rms=rms, device=device, dtype=dtype)
 
     def forward(self) -> Tensor:
         """The vector (n,), in the dtype of `weight`, or float64 where its radius is."""
