@@ -60,7 +60,7 @@ def calls(spec: SeedSpec, code: Tensor, row_scale: Tensor | None) -> dict[str, C
     return made
 
 
-@pytest.mark.filterwarnings("default:.*torch.jit.script:DeprecationWarning")  # torch's forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's forward mode
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_gradcheck_in_float64(case: dict[str, Any]) -> None:
     for rotation, row_scale in (((0, 0), ROW_SCALE), ((3, 5), None)):
@@ -93,7 +93,7 @@ def test_float32_gradients_equal_the_definition(case: dict[str, Any], monkeypatc
                 assert (single.double() - double).norm() <= bound * double.norm() + 1e-30, (name, rotation)
 
 
-@pytest.mark.filterwarnings("default:.*torch.jit.script:DeprecationWarning")  # torch's forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's forward mode
 @pytest.mark.parametrize("case", [*CASES, {"format": "trellis", "bits": 2}], ids=[*NAMES, "trellis"])
 def test_torch_func_agrees_with_autograd(case: dict[str, Any]) -> None:
     spec = spec_of(case)
@@ -144,7 +144,7 @@ def test_torch_func_agrees_with_autograd(case: dict[str, Any]) -> None:
     assert torch.allclose(jacobian, torch.func.jacfwd(lambda x: call(x, *parts[1:]))(x[0]), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("default:.*torch.jit.script:DeprecationWarning")  # torch's forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's forward mode
 @pytest.mark.parametrize("kind", KINDS, ids=["packed64", "faithful", "radial"])
 def test_jacobians_by_the_radius(kind: dict[str, Any]) -> None:
     spec = spec_of({**kind, "block": 16})

@@ -94,10 +94,10 @@ def rows(source: Source, index: Tensor) -> Tensor:
 def gradient(source: Source, x: Tensor, y: Tensor) -> Gradients:
     """Derivatives by radius, angle and scale of <y, W x> summed over the rows of x (n, columns) and y (n, rows)."""
     x, y = turned(x, source.spec.rotation[1]), turned(y, source.spec.rotation[0])
-    sums = _sums(source)
+    sums = no_sums(source)
     for rows in source.cuts(TILE):
         source.contract(rows, _factored(source, rows, y[:, rows].T @ x), sums)
-    return _finish(source, sums)
+    return finish(source, sums)
 
 
 def gradient_of_dense(source: Source, g: Tensor) -> Gradients:
@@ -105,10 +105,10 @@ def gradient_of_dense(source: Source, g: Tensor) -> Gradients:
     g = turned(g, source.spec.rotation[1])
     if source.spec.rotation[0]:
         g = turned(g.T, source.spec.rotation[0]).T
-    sums = _sums(source)
+    sums = no_sums(source)
     for rows in source.cuts(TILE):
         source.contract(rows, _factored(source, rows, g[rows].clone()), sums)
-    return _finish(source, sums)
+    return finish(source, sums)
 
 
 def gradient_of_rows(source: Source, index: Tensor, g: Tensor) -> Gradients:
@@ -116,7 +116,7 @@ def gradient_of_rows(source: Source, index: Tensor, g: Tensor) -> Gradients:
     g = turned(g, source.spec.rotation[1])
     order = torch.argsort(index, stable=True)
     index, g = index[order], g[order]
-    sums = _sums(source)
+    sums = no_sums(source)
     for rows in source.cuts(TILE):
         limits = torch.tensor([rows.start, rows.stop], device=index.device)
         low, high = torch.searchsorted(index, limits).tolist()
@@ -124,10 +124,11 @@ def gradient_of_rows(source: Source, index: Tensor, g: Tensor) -> Gradients:
             band = g.new_zeros(rows.stop - rows.start, g.shape[1])
             band.index_add_(0, index[low:high] - rows.start, g[low:high])
             source.contract(rows, _factored(source, rows, band), sums)
-    return _finish(source, sums)
+    return finish(source, sums)
 
 
-def _sums(source: Source) -> Tensor:
+def no_sums(source: Source) -> Tensor:
+    """What `contract` adds to."""
     return source.tensors.seeds.new_zeros(source.spec.blocks, source.spec.stages, 3, dtype=torch.float64)
 
 
@@ -137,7 +138,8 @@ def _factored(source: Source, rows: slice, g: Tensor) -> Tensor:
     return g if row_scale is None else g.mul_(row_scale[rows, None].to(g.dtype))
 
 
-def _finish(source: Source, sums: Tensor) -> Gradients:
+def finish(source: Source, sums: Tensor) -> Gradients:
+    """Derivatives by radius, angle and scale from the sums; empty for what a frozen matrix lacks."""
     scale, radius = source.tensors.scale, source.tensors.radius
     by_scale = sums[..., 0].sum().to(scale.dtype)
     if radius is None:

@@ -197,7 +197,8 @@ def seed_matmul_transposed(
         matrix, _kept = _native(about, tensors)
         return cpu.matmul_transposed(matrix, about, y)
     by = source(about, tensors, y)
-    x = bands.matmul_transposed(by, y.to(by.dtype).reshape(-1, about.shape[0]))
+    flat = y.to(by.dtype).reshape(-1, about.shape[0])
+    x = packed.matmul_transposed(by, flat) if isinstance(by, packed.Packed) else bands.matmul_transposed(by, flat)
     return x.reshape(*y.shape[:-1], about.shape[1]).to(y.dtype)
 
 
@@ -224,7 +225,8 @@ def seed_gradient(
         product = seed_matmul(x, seeds, torch.ones_like(scale), *kept, "float32")
         return scale.new_empty(0), scale.new_empty(0), (product.double() * y.double()).sum().to(scale.dtype)
     by = source(about, tensors, x, y)
-    return bands.gradient(by, x.to(by.dtype).reshape(-1, about.shape[1]), y.to(by.dtype).reshape(-1, about.shape[0]))
+    flat = x.to(by.dtype).reshape(-1, about.shape[1]), y.to(by.dtype).reshape(-1, about.shape[0])
+    return packed.gradient(by, *flat) if isinstance(by, packed.Packed) else bands.gradient(by, *flat)
 
 
 @torch.library.custom_op("rbe::decode_gradient", mutates_args=())

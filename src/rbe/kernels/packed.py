@@ -1,23 +1,24 @@
 """The C++ kernels of packed64 and packed128: tensors in, tensors out, eager, on the CPU, outside of autograd.
 
-A few rows are multiplied inside one C++ call, without a stored weight. Many rows go band by band through the
-platform's GEMM. Gradients of seeds need no more memory than one band.
+Small blocks of packed128 are multiplied and differentiated inside one C++ call, without a stored weight or gradient.
+packed64 in small blocks is a Kronecker product of amplitudes and one table: two small dense products. Blocks too large
+for tables go band by band through the platform's GEMM; a few rows are multiplied as they are generated.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 import rbe._cpu as _cpu
 from rbe import formats
-from rbe.formats import SeedSpec
+from rbe.formats import SeedSpec, packed64
 from rbe.kernels import bands
 from rbe.kernels.tensors import Tensors
 
-# Rows of x up to which the fused product is at least as fast as bands and the platform's GEMM (benchmarks/packed.py).
+# Rows of x up to which a matrix of large blocks is multiplied while it is generated (benchmarks/packed.py).
 FUSED_ROWS = 8
 # Cells of a padded block up to which its shape has tables, in C++, of cosines and radii.
 TABLED = 4096
@@ -93,9 +94,108 @@ class Packed:
 
 def matmul(source: Packed, x: Tensor) -> Tensor:
     """The product of x (n, columns), float32, with the matrix."""
-    if x.shape[0] > FUSED_ROWS:
+    kronecker = source.tabled and source.spec.format == "packed64"
+    if not source.tabled and x.shape[0] > FUSED_ROWS:
         return bands.matmul(source, x)
     x = bands.turned(x, source.spec.rotation[1]).contiguous()
-    y = torch.empty(x.shape[0], source.spec.shape[0])
-    source.native.matmul(x.data_ptr(), x.shape[0], y.data_ptr(), torch.get_num_threads())
+    if kronecker:
+        y = _kronecker(source, x)
+    else:
+        y = torch.empty(x.shape[0], source.spec.shape[0])
+        source.native.matmul(x.data_ptr(), x.shape[0], y.data_ptr(), torch.get_num_threads())
     return bands.turned(y, source.spec.rotation[0], back=True)
+
+
+def matmul_transposed(source: Packed, y: Tensor) -> Tensor:
+    """The product of y (n, rows), float32, with the transposed matrix."""
+    if not source.tabled:
+        return bands.matmul_transposed(source, y)
+    y = bands.turned(y, source.spec.rotation[0]).contiguous()
+    if source.spec.format == "packed64":
+        x = _kronecker_transposed(source, y)
+    else:
+        x = torch.empty(y.shape[0], source.spec.shape[1])
+        source.native.backward(0, y.data_ptr(), y.shape[0], x.data_ptr(), 0, torch.get_num_threads())
+    return bands.turned(x, source.spec.rotation[1], back=True)
+
+
+def gradient(source: Packed, x: Tensor, y: Tensor) -> bands.Gradients:
+    """As `bands.gradient`."""
+    if not source.tabled:
+        return bands.gradient(source, x, y)
+    x = bands.turned(x, source.spec.rotation[1]).contiguous()
+    y = bands.turned(y, source.spec.rotation[0]).contiguous()
+    sums = bands.no_sums(source)
+    threads = torch.get_num_threads()
+    if source.spec.format == "packed64":
+        by_amplitude = _kronecker_gradient(source, x, y)
+        source.native.chain(by_amplitude.data_ptr(), sums.data_ptr(), threads)
+    else:
+        source.native.backward(x.data_ptr(), y.data_ptr(), x.shape[0], 0, sums.data_ptr(), threads)
+    return bands.finish(source, sums)
+
+
+# packed64: block (I, J) is sum_s c_IJs phi_s. With P_Js = phi_s x_J, computed once, y_I = sum_Js c_IJs P_Js.
+
+
+@lru_cache(maxsize=64)
+def _phi(height: int, width: int, stages: int) -> Tensor:
+    """phi of every stage, float32 (stages, h, w)."""
+    return torch.stack([packed64.modulation(height, width, s) for s in range(stages)]).float()
+
+
+def _modulations(source: Packed) -> Tensor:
+    return _phi(*source.spec.block_shape, source.spec.stages)
+
+
+def _amplitudes(source: Packed) -> Tensor:
+    """(block rows, block columns, stages), scaled."""
+    out = torch.empty(*source.spec.grid, source.spec.stages)
+    source.native.amplitudes(out.data_ptr(), torch.get_num_threads())
+    return out.mul_(source.tensors.scale)
+
+
+def _blocks(x: Tensor, count: int, side: int) -> Tensor:
+    """x (n, columns) cut into blocks and padded: (count, n, side)."""
+    missing = count * side - x.shape[1]
+    padded = torch.nn.functional.pad(x, (0, missing)) if missing else x
+    return padded.reshape(x.shape[0], count, side).transpose(0, 1)
+
+
+def _unblocked(blocks: Tensor, columns: int) -> Tensor:
+    """The inverse of `_blocks`."""
+    count, n, side = blocks.shape
+    return blocks.transpose(0, 1).reshape(n, count * side)[:, :columns].contiguous()
+
+
+def _kronecker(source: Packed, x: Tensor) -> Tensor:
+    (block_rows, block_columns), (height, width) = source.spec.grid, source.spec.block_shape
+    amplitudes, blocks = _amplitudes(source), _blocks(x, block_columns, width).reshape(-1, width)
+    y = x.new_zeros(block_rows, x.shape[0] * height)
+    for stage, phi in enumerate(_modulations(source)):
+        y.addmm_(amplitudes[..., stage], (blocks @ phi.T).reshape(block_columns, -1))
+    return _scaled(source, _unblocked(y.reshape(block_rows, x.shape[0], height), source.spec.shape[0]))
+
+
+def _kronecker_transposed(source: Packed, y: Tensor) -> Tensor:
+    (block_rows, block_columns), (height, width) = source.spec.grid, source.spec.block_shape
+    amplitudes = _amplitudes(source)
+    blocks = _blocks(_scaled(source, y), block_rows, height).reshape(block_rows, -1)
+    x = y.new_zeros(block_columns * y.shape[0], width)
+    for stage, phi in enumerate(_modulations(source)):
+        x.addmm_((amplitudes[..., stage].T @ blocks).reshape(-1, height), phi)
+    return _unblocked(x.reshape(block_columns, y.shape[0], width), source.spec.shape[1])
+
+
+def _kronecker_gradient(source: Packed, x: Tensor, y: Tensor) -> Tensor:
+    """Derivatives by the unscaled amplitudes, but for the scale: (block rows, block columns, stages)."""
+    (block_rows, block_columns), (height, width) = source.spec.grid, source.spec.block_shape
+    blocks = _blocks(x, block_columns, width).reshape(-1, width)
+    upstream = _blocks(_scaled(source, y), block_rows, height).reshape(block_rows, -1)
+    parts = [upstream @ (blocks @ phi.T).reshape(block_columns, -1).T for phi in _modulations(source)]
+    return torch.stack(parts, -1)
+
+
+def _scaled(source: Packed, y: Tensor) -> Tensor:
+    row_scale = source.tensors.row_scale
+    return y if row_scale is None else y * row_scale.float()

@@ -49,6 +49,26 @@ void bind_packed(nb::module_& m) {
             },
             release())
         .def(
+            "backward",
+            [](const PackedMatrix& self, uintptr_t x, uintptr_t y, int64_t batch, uintptr_t d_x, uintptr_t out,
+               int threads) {
+                rbe::packed_backward(self, at<const float>(x), at<const float>(y), batch, at<float>(d_x),
+                                     at<rbe::Sums>(out), threads);
+            },
+            release())
+        .def(
+            "amplitudes",
+            [](const PackedMatrix& self, uintptr_t out, int threads) {
+                rbe::packed_amplitudes(self, at<float>(out), threads);
+            },
+            release())
+        .def(
+            "chain",
+            [](const PackedMatrix& self, uintptr_t by_amplitude, uintptr_t out, int threads) {
+                rbe::packed_chain(self, at<const float>(by_amplitude), at<rbe::Sums>(out), threads);
+            },
+            release())
+        .def(
             "contract",
             [](const PackedMatrix& self, int64_t begin, int64_t end, uintptr_t gradient, uintptr_t out, int threads) {
                 rbe::packed_contract(self, begin, end, at<const float>(gradient), at<rbe::Sums>(out), threads);

@@ -1,6 +1,7 @@
 // What does not depend on the instruction set: tables of block shapes, threads, scales, edges.
 #include "packed.h"
 
+#include <bit>
 #include <cmath>
 #include <map>
 #include <mutex>
@@ -15,6 +16,7 @@ namespace {
 
 constexpr int64_t ALONE = 1 << 16;  // weights times rows of x below which a second thread does not pay
 constexpr int64_t ROWS = 8;         // of a large block that a thread takes at once
+constexpr int64_t COLUMNS = 8;       // of blocks that a thread's backward pass takes at once
 constexpr double TURN = 6.283185307179586477;
 
 thread_local Scratch scratch_records, scratch_profiles, scratch_slopes, scratch_tile;
@@ -36,7 +38,8 @@ uint32_t fmix32(uint32_t h) {
 // The memory behind one `Tables`.
 struct Shape : Tables {
     std::vector<float> wave_values, radius_values, phi_values;
-    std::vector<int32_t> class_values;
+    std::vector<float> quarter_values;
+    std::vector<int32_t> class_values, quarter_classes;
 
     Shape(int kind, int64_t h, int64_t w, int stages) {
         width = w, stride = (w + LANES - 1) / LANES * LANES, pairs = (h + 1) / 2;
@@ -54,6 +57,26 @@ struct Shape : Tables {
                         1 + 0.1 * std::sin(TURN * 0x1p-32 * static_cast<double>(fmix32(static_cast<uint32_t>(j) ^ row))));
             }
         phi = phi_values.data();
+    }
+
+    // The left upper quarters of the tables, in vectors.
+    void quarter_up() {
+        half = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>((width + 1) / 2)));
+        quarter = (pairs * half + LANES - 1) / LANES;
+        const size_t vectors = static_cast<size_t>(quarter * LANES);
+        quarter_values.assign(FREQUENCIES * 2 * vectors, 0.0f);
+        quarter_classes.assign(vectors, 0);
+        for (int64_t i = 0; i < pairs; i++)
+            for (int64_t j = 0; j < (width + 1) / 2; j++) {
+                const size_t to = static_cast<size_t>(i * half + j), from = static_cast<size_t>(i * stride + j);
+                quarter_classes[to] = class_values[from];
+                for (size_t q = 0; q < FREQUENCIES; q++)
+                    for (size_t part = 0; part < 2; part++)
+                        quarter_values[(2 * q + part) * vectors + to] =
+                            wave_values[((q * static_cast<size_t>(pairs) + static_cast<size_t>(i)) * 2 + part) *
+                                            static_cast<size_t>(stride) + static_cast<size_t>(j)];
+            }
+        quarters = quarter_values.data(), quarter_class = quarter_classes.data();
     }
 
     void disk(int64_t h) {
@@ -89,6 +112,7 @@ struct Shape : Tables {
                     wave[stride] = static_cast<float>(std::sin(q * angle[at]));
                 }
             }
+        quarter_up();
         waves = wave_values.data(), radius_class = class_values.data(), radii = radius_values.data();
     }
 };
@@ -132,6 +156,26 @@ void expand_piece(const PackedTier& t, const Packed& p, const Piece& at, float* 
     std::vector<float> factors(static_cast<size_t>(at.i1 - at.i0));
     for (int64_t k = 0; k < at.i1 - at.i0; k++) factors[static_cast<size_t>(k)] = factor(p, at.row + k);
     t.expand(p, at.I, at.i0, at.i1, ready.records, ready.profile, factors.data(), out);
+}
+
+// Sums and differences of mirrored columns of x; the middle column of an odd count is both.
+std::vector<float> fold_columns(const Packed& p, const float* x, int64_t batch, int threads) {
+    const int64_t half = p.tables->half, wide = p.block_cols * 2 * half;
+    std::vector<float> out(static_cast<size_t>(batch * wide));
+    parallel(batch, threads, [&](int64_t b) {
+        for (int64_t J = 0; J < p.block_cols; J++) {
+            float* to = out.data() + b * wide + J * 2 * half;
+            const float* from = x + b * p.cols + J * p.width;
+            const int64_t columns = std::min(p.width, p.cols - J * p.width);
+            for (int64_t j = 0; j < (p.width + 1) / 2; j++) {
+                const int64_t mirrored = p.width - 1 - j;
+                const float left = j < columns ? from[j] : 0.0f;
+                const float right = mirrored < columns && mirrored != j ? from[mirrored] : 0.0f;
+                to[j] = left + right, to[half + j] = left - right;
+            }
+        }
+    });
+    return out;
 }
 
 }  // namespace
@@ -178,25 +222,91 @@ void packed_matmul(const Packed& p, const float* x, int64_t batch, float* y, int
         });
         return;
     }
-    // Rows of x as the tables see them: every block column padded.
-    const int64_t stride = p.tables->stride, padded = p.block_cols * stride;
-    std::vector<float> copy;
-    if (padded != p.cols) {
-        copy.assign(static_cast<size_t>(batch * padded), 0.0f);
-        for (int64_t b = 0; b < batch; b++)
-            for (int64_t J = 0; J < p.block_cols; J++)
-                std::copy_n(x + b * p.cols + J * p.width, std::min(p.width, p.cols - J * p.width),
-                            copy.data() + b * padded + J * stride);
-        x = copy.data();
-    }
+    const int64_t pairs = p.tables->pairs;
+    const std::vector<float> folded = fold_columns(p, x, batch, threads);
     parallel(p.block_rows, threads, [&](int64_t I) {
         const Prepared ready(t, p, I * p.block_cols, p.block_cols);
-        float* sums = static_cast<float*>(scratch_tile.get(static_cast<size_t>(batch * p.height) * 4));
-        t.product(p, ready.records, ready.profile, x, padded, batch, sums, p.height);
+        float* parts = static_cast<float*>(scratch_tile.get(static_cast<size_t>(batch * 2 * pairs) * 4));
+        t.product(p, ready.records, ready.profile, folded.data(), batch, parts);
         const int64_t first = I * p.height, count = std::min(p.height, p.rows - first);
-        for (int64_t b = 0; b < batch; b++)
-            for (int64_t i = 0; i < count; i++)
-                y[b * p.rows + first + i] = sums[b * p.height + i] * factor(p, first + i);
+        float factors[64];
+        for (int64_t i = 0; i < count; i++) factors[i] = factor(p, first + i);
+        for (int64_t b = 0; b < batch; b++) {
+            const float *even = parts + b * 2 * pairs, *odd = even + pairs;
+            float* to = y + b * p.rows + first;
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t mirrored = p.height - 1 - i;
+                to[i] = (i <= mirrored ? even[i] + odd[i] : even[mirrored] - odd[mirrored]) * factors[i];
+            }
+        }
+    });
+}
+
+void packed_backward(const Packed& p, const float* x, const float* y, int64_t batch, float* d_x, Sums* out, int threads) {
+    const PackedTier& t = packed_tier();
+    const Tables& tables = *p.tables;
+    const int64_t pairs = tables.pairs, wide = 2 * tables.half;
+    threads = p.rows * p.cols * batch < ALONE ? 1 : threads;
+    // y times the factors of the rows, as sums and differences of mirrored rows; the middle row of an odd count is both.
+    std::vector<float> folded_y(static_cast<size_t>(batch * p.block_rows * 2 * pairs));
+    std::vector<float> factors(static_cast<size_t>(p.rows));
+    for (int64_t i = 0; i < p.rows; i++)
+        factors[static_cast<size_t>(i)] = p.row_scale ? half_to_float(p.row_scale[i]) : 1.0f;
+    parallel(batch, threads, [&](int64_t b) {
+        for (int64_t I = 0; I < p.block_rows; I++) {
+            float* to = folded_y.data() + (b * p.block_rows + I) * 2 * pairs;
+            const int64_t first = I * p.height, count = std::min(p.height, p.rows - first);
+            const auto value = [&](int64_t i) {
+                return i < count ? y[b * p.rows + first + i] * factors[static_cast<size_t>(first + i)] : 0.0f;
+            };
+            for (int64_t i = 0; i < pairs; i++) {
+                const int64_t mirrored = p.height - 1 - i;
+                const float upper = value(i), lower = mirrored == i ? 0.0f : value(mirrored);
+                to[i] = upper + lower, to[pairs + i] = upper - lower;
+            }
+        }
+    });
+    const std::vector<float> folded_x = out ? fold_columns(p, x, batch, threads) : std::vector<float>();
+    std::vector<float> folded_d(d_x ? static_cast<size_t>(batch * p.block_cols * wide) : 0);
+    const int64_t pieces = (p.block_cols + COLUMNS - 1) / COLUMNS;
+    parallel(pieces, threads, [&](int64_t k) {
+        t.backward(p, k * COLUMNS, std::min((k + 1) * COLUMNS, p.block_cols), out ? folded_x.data() : nullptr,
+                   folded_y.data(), batch, d_x ? folded_d.data() : nullptr, out);
+    });
+    if (!d_x) return;
+    const float scale = *p.scale;
+    parallel(batch, threads, [&](int64_t b) {
+        for (int64_t J = 0; J < p.block_cols; J++) {
+            const float *even = folded_d.data() + (b * p.block_cols + J) * wide, *odd = even + tables.half;
+            const int64_t columns = std::min(p.width, p.cols - J * p.width);
+            float* to = d_x + b * p.cols + J * p.width;
+            for (int64_t j = 0; j < columns; j++) {
+                const int64_t mirrored = p.width - 1 - j;
+                to[j] = (j <= mirrored ? even[j] + odd[j] : even[mirrored] - odd[mirrored]) * scale;
+            }
+        }
+    });
+}
+
+void packed_amplitudes(const Packed& p, float* out, int threads) {
+    const PackedTier& t = packed_tier();
+    parallel(p.block_rows, p.block_rows * p.block_cols < ALONE / 64 ? 1 : threads, [&](int64_t I) {
+        const Prepared ready(t, p, I * p.block_cols, p.block_cols);
+        for (int64_t k = 0; k < p.block_cols * p.stages; k++)
+            out[I * p.block_cols * p.stages + k] = ready.records[k].amp;
+    });
+}
+
+void packed_chain(const Packed& p, const float* by_amplitude, Sums* out, int threads) {
+    const PackedTier& t = packed_tier();
+    parallel(p.block_rows, p.block_rows * p.block_cols < ALONE / 64 ? 1 : threads, [&](int64_t I) {
+        const Prepared ready(t, p, I * p.block_cols, p.block_cols);
+        const int64_t first = I * p.block_cols * p.stages;
+        for (int64_t k = 0; k < p.block_cols * p.stages; k++) {
+            const Record& r = ready.records[k];
+            const double by = by_amplitude[first + k];
+            out[first + k].value += r.amp * by, out[first + k].radius += r.slope * by, out[first + k].angle += r.v * by;
+        }
     });
 }
 

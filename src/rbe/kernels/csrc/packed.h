@@ -21,6 +21,10 @@ constexpr int FREQUENCIES = 64;
 constexpr int LANES = 16;  // rows of tables are padded to this many cells, whatever the tier
 
 // What the cells of a small block have in common with those of every other block of its shape.
+//
+// Products use more symmetry: columns j and w-1-j of packed128 differ, in cosine and sine, by signs that depend on
+// whether q is even. With sums and differences of mirrored inputs a block is two quarters, an even and an odd part.
+// The cells of a quarter stand in vectors of LANES; `half` columns (a power of two) of `pairs` rows, zeros at the end.
 struct Tables {
     int64_t pairs = 0, width = 0, stride = 0;  // pairs of rows; columns, padded columns
     int classes = 0;                           // padded count of distinct cell radii
@@ -28,6 +32,9 @@ struct Tables {
     const int32_t* radius_class = nullptr;     // (pairs, stride)
     const float* radii = nullptr;              // (classes,)
     const float* phi = nullptr;                // (stages, height, stride)
+    int64_t half = 0, quarter = 0;             // columns, vectors of a quarter
+    const float* quarters = nullptr;           // (64, 2, quarter, LANES): cos, sin of q a
+    const int32_t* quarter_class = nullptr;    // (quarter, LANES)
 };
 
 struct Packed {
@@ -58,6 +65,8 @@ struct Sums {
     double value, radius, angle;
 };
 
+// Folded rows of x: [b][J][0 or 1][half], sums and differences of columns j and w-1-j of block column J.
+
 struct PackedTier {
     // The records of blocks [first, first + count), p.records() each.
     void (*records)(const Packed& p, int64_t first, int64_t count, Record* out);
@@ -66,9 +75,13 @@ struct PackedTier {
     // Rows [i0, i1) of block row I, all columns, times the factors of the rows: out[(i - i0) * cols + j].
     void (*expand)(const Packed& p, int64_t I, int64_t i0, int64_t i1, const Record* r, const float* profile,
                    const float* factors, float* out);
-    // Block row I times `batch` rows of x, each padded to block_cols * stride: y[b * y_stride + i], unscaled.
-    void (*product)(const Packed& p, const Record* r, const float* profile, const float* x, int64_t x_stride,
-                    int64_t batch, float* y, int64_t y_stride);
+    // Block row I times `batch` rows of folded x (below): parts[b][0 or 1][pair], the even and odd parts of y, unscaled.
+    void (*product)(const Packed& p, const Record* r, const float* profile, const float* x, int64_t batch,
+                    float* parts);
+    // For block columns [J0, J1): adds the derivatives by folded x to d_x, laid out as x is, where d_x is given, and
+    // those by the seeds to out[(I * block_cols + J) * stages + s], where out is given. y is folded: [b][I][0 or 1][pair].
+    void (*backward)(const Packed& p, int64_t J0, int64_t J1, const float* x, const float* y, int64_t batch, float* d_x,
+                     Sums* out);
     // Adds the sums of block columns [J0, J1) of rows [i0, i1) of block row I to out[J * stages + s]; G as `expand`.
     void (*contract)(const Packed& p, int64_t I, int64_t i0, int64_t i1, int64_t J0, int64_t J1, const Record* r,
                      const float* profile, const float* slopes, const float* gradient, Sums* out);
@@ -88,6 +101,11 @@ const PackedTier& packed_avx512();
 void packed_decode(const Packed& p, int64_t begin, int64_t end, float* out, int threads);
 void packed_rows(const Packed& p, const int64_t* index, int64_t count, float* out, int threads);
 void packed_matmul(const Packed& p, const float* x, int64_t batch, float* y, int threads);
+// Derivatives of <y, W x>: by x where d_x is given, and by the seeds, as sums, where out is given. x may be null without out.
+void packed_backward(const Packed& p, const float* x, const float* y, int64_t batch, float* d_x, Sums* out, int threads);
+// packed64: amplitudes (blocks, stages), and sums from derivatives by them.
+void packed_amplitudes(const Packed& p, float* out, int threads);
+void packed_chain(const Packed& p, const float* by_amplitude, Sums* out, int threads);
 void packed_contract(const Packed& p, int64_t begin, int64_t end, const float* gradient, Sums* out, int threads);
 
 }  // namespace rbe

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <type_traits>
 
 #include "packed.h"
@@ -17,11 +18,28 @@ inline VF lookup(const float* table, int classes, VI at) {
     return reinterpret_cast<VF>(_mm512_permutex2var_ps(_mm512_loadu_ps(table), index, _mm512_loadu_ps(table + 16)));
 }
 
+// HALF floats, over and over.
+template <int HALF>
+inline VF spread(const float* from) {
+    if (HALF == 16) return reinterpret_cast<VF>(_mm512_loadu_ps(from));
+    if (HALF == 8) return reinterpret_cast<VF>(_mm512_broadcast_f32x8(_mm256_loadu_ps(from)));
+    if (HALF == 4) return reinterpret_cast<VF>(_mm512_broadcast_f32x4(_mm_loadu_ps(from)));
+    if (HALF == 2) {
+        double both;
+        std::memcpy(&both, from, 8);
+        return reinterpret_cast<VF>(_mm512_set1_pd(both));
+    }
+    return reinterpret_cast<VF>(_mm512_set1_ps(*from));
+}
+
+constexpr int VECTORS = 4, BATCH = 3;  // accumulators that the registers hold
+
 #include "packed_tier.h"
+#include "packed_product.h"
 }  // namespace
 
 const PackedTier& packed_avx512() {
-    static const PackedTier t{records, profiles, expand, product, contract, dot};
+    static const PackedTier t{records, profiles, expand, product, backward, contract, dot};
     return t;
 }
 

@@ -1,8 +1,8 @@
 // The packed kernels, compiled once a tier. Included inside an anonymous namespace after <algorithm>, packed.h and the
-// tier's own `VF` (its native vector of W floats), `VI` (of W 32-bit integers) and `lookup`.
+// tier's own `lookup` and `spread`. Vectors have sixteen floats on every tier; the compiler cuts them where it must.
 #pragma once
 
-constexpr int64_t W = sizeof(VF) / 4;
+constexpr int64_t W = LANES;
 
 inline VF load(const float* p) { return *reinterpret_cast<const VF*>(p); }
 inline void store(float* p, VF v) { *reinterpret_cast<VF*>(p) = v; }
@@ -420,6 +420,19 @@ inline VF take(const float* from, int64_t room) {
     return load(lane);
 }
 
+// What the sums over a block of G f cos, G f sin, G rho f' cos and G rho f' sin say about its seed; packed64: of G phi.
+template <int KIND>
+inline void add_sums(const Record& r, const double* total, Sums& to) {
+    if (KIND == PACKED64) {
+        to.value += r.amp * total[0], to.radius += r.slope * total[0], to.angle += r.v * total[0];
+        return;
+    }
+    const int m = KIND == RADIAL ? 2 : 0;
+    to.value += r.amp * (r.u * total[0] + r.v * total[1]);
+    to.radius += r.slope * (r.u * total[m] + r.v * total[m + 1]);
+    to.angle += r.amp * static_cast<double>(r.q) * (r.v * total[0] - r.u * total[1]);
+}
+
 template <int KIND, bool TABLED>
 void contract_of(const Packed& p, int64_t i0, int64_t i1, int64_t J0, int64_t J1, const Record* records,
                  const float* profile, const float* slopes, const float* gradient, Sums* out) {
@@ -477,15 +490,7 @@ void contract_of(const Packed& p, int64_t i0, int64_t i1, int64_t J0, int64_t J1
             }
             if (TABLED)
                 for (int m = 0; m < (KIND == RADIAL ? 4 : 2); m++) total[m] = sum(acc[m]);
-            Sums& to = out[J * p.stages + s];
-            if (KIND == PACKED64) {
-                to.value += r.amp * total[0], to.radius += r.slope * total[0], to.angle += r.v * total[0];
-                continue;
-            }
-            const int m = KIND == RADIAL ? 2 : 0;
-            to.value += r.amp * (r.u * total[0] + r.v * total[1]);
-            to.radius += r.slope * (r.u * total[m] + r.v * total[m + 1]);
-            to.angle += r.amp * static_cast<double>(r.q) * (r.v * total[0] - r.u * total[1]);
+            add_sums<KIND>(r, total, out[J * p.stages + s]);
         }
 }
 
@@ -494,99 +499,6 @@ void contract(const Packed& p, int64_t, int64_t i0, int64_t i1, int64_t J0, int6
     choose(p, [&](auto kind, auto tabled) {
         contract_of<kind(), tabled()>(p, i0, i1, J0, J1, r, profile, slopes, gradient, out);
     });
-}
-
-// ---- products ----
-
-// PAIRS pairs of rows (or, in packed64, rows) times ROWS rows of x; sums[b][pair]: sums of even and of odd parts.
-template <int KIND, int PAIRS, int ROWS>
-void panel(const Packed& p, const Record* r, const float* profile, const float* x, int64_t x_stride, int64_t first,
-           float (*even)[PAIRS], float (*odd)[PAIRS]) {
-    constexpr int PARTS = KIND == PACKED64 ? 1 : 2;
-    const Tables& t = *p.tables;
-    const int64_t classes = KIND == RADIAL ? t.classes : 0, count = p.records();
-    VF acc[PAIRS][PARTS][ROWS] = {};
-    for (int64_t J = 0; J < p.block_cols; J++, x += t.stride)
-        for (int64_t s = 0; s < count; s++, r++, profile += classes)
-            for (int64_t k = 0; k < t.stride; k += W) {
-                if (ROWS == 1) {  // scale the one row of x instead of every weight
-                    const VF in = load(x + k);
-                    const VF a = in * (KIND == PACKED64 ? r->amp : r->amp * r->u), b = in * (r->amp * r->v);
-                    for (int g = 0; g < PAIRS; g++) {
-                        if (KIND == PACKED64) {
-                            acc[g][0][0] += a * load(t.phi + (r->stage * p.height + first + g) * t.stride + k);
-                            continue;
-                        }
-                        const float* wave = t.waves + (r->q * t.pairs + first + g) * 2 * t.stride + k;
-                        if (KIND == RADIAL) {
-                            const VF f = lookup(profile, t.classes, loadi(t.radius_class + (first + g) * t.stride + k));
-                            acc[g][0][0] += a * f * load(wave), acc[g][PARTS - 1][0] += b * f * load(wave + t.stride);
-                        } else {
-                            acc[g][0][0] += a * load(wave), acc[g][PARTS - 1][0] += b * load(wave + t.stride);
-                        }
-                    }
-                    continue;
-                }
-                for (int g = 0; g < PAIRS; g++) {
-                    VF parts[2];
-                    weights<KIND, true>(p, *r, profile, first + g, k, parts[0], parts[1]);
-                    for (int b = 0; b < ROWS; b++) {
-                        const VF in = load(x + b * x_stride + k);
-                        for (int m = 0; m < PARTS; m++) acc[g][m][b] += parts[m] * in;
-                    }
-                }
-            }
-    for (int b = 0; b < ROWS; b++)
-        for (int g = 0; g < PAIRS; g++) {
-            even[b][g] = sum(acc[g][0][b]);
-            odd[b][g] = PARTS == 2 ? sum(acc[g][PARTS - 1][b]) : 0;
-        }
-}
-
-template <int KIND, int PAIRS, int ROWS>
-void panels(const Packed& p, const Record* r, const float* profile, const float* x, int64_t x_stride, int64_t& first,
-            int64_t b, float* y, int64_t y_stride) {
-    const int64_t all = KIND == PACKED64 ? p.height : p.tables->pairs;
-    for (; first + PAIRS <= all; first += PAIRS) {
-        float even[ROWS][PAIRS], odd[ROWS][PAIRS];
-        panel<KIND, PAIRS, ROWS>(p, r, profile, x + b * x_stride, x_stride, first, even, odd);
-        for (int c = 0; c < ROWS; c++)
-            for (int g = 0; g < PAIRS; g++) {
-                float* to = y + (b + c) * y_stride;
-                to[first + g] = even[c][g] + odd[c][g];
-                const int64_t mirrored = p.height - 1 - first - g;
-                if (KIND != PACKED64 && mirrored != first + g) to[mirrored] = even[c][g] - odd[c][g];
-            }
-    }
-}
-
-template <int KIND>
-void product_of(const Packed& p, const Record* r, const float* profile, const float* x, int64_t x_stride, int64_t batch,
-                float* y, int64_t y_stride) {
-    constexpr int MANY = W == 16 ? 2 : 1, SINGLE = W == 16 ? 8 : 2;
-    int64_t b = 0;
-    for (; b + 4 <= batch; b += 4) {
-        int64_t first = 0;
-        panels<KIND, MANY, 4>(p, r, profile, x, x_stride, first, b, y, y_stride);
-        panels<KIND, 1, 4>(p, r, profile, x, x_stride, first, b, y, y_stride);
-    }
-    for (; b + 2 <= batch; b += 2) {
-        int64_t first = 0;
-        panels<KIND, MANY * 2, 2>(p, r, profile, x, x_stride, first, b, y, y_stride);
-        panels<KIND, 1, 2>(p, r, profile, x, x_stride, first, b, y, y_stride);
-    }
-    for (; b < batch; b++) {
-        int64_t first = 0;
-        panels<KIND, SINGLE, 1>(p, r, profile, x, x_stride, first, b, y, y_stride);
-        panels<KIND, 1, 1>(p, r, profile, x, x_stride, first, b, y, y_stride);
-    }
-}
-
-void product(const Packed& p, const Record* r, const float* profile, const float* x, int64_t x_stride, int64_t batch,
-             float* y, int64_t y_stride) {
-    if (p.kind == PACKED64) product_of<PACKED64>(p, r, profile, x, x_stride, batch, y, y_stride);
-    else if (p.kind == FAITHFUL) product_of<FAITHFUL>(p, r, profile, x, x_stride, batch, y, y_stride);
-    else product_of<RADIAL>(p, r, profile, x, x_stride, batch, y, y_stride);
 }
 
 float dot(const float* a, const float* b, int64_t n) {
