@@ -1,0 +1,6 @@
+"""Training of open seeds with ordinary torch optimizers: schedules, and the guard that keeps seeds in the disk."""
+
+from rbe.optim.schedules import PowerDecay, WarmupDecay
+from rbe.optim.seeds import Guard, Points, damping, groups, guard, points, wrap
+
+__all__ = ["Guard", "Points", "PowerDecay", "WarmupDecay", "damping", "groups", "guard", "points", "wrap"]
