@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ from rbe import formats
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.matrix import SeedMatrix
-from rbe.search import packed64
+from rbe.search import packed64, packed128
 from rbe.search.blocks import Blocks, cut, in_chunks
-from rbe.search.packed128 import EFFORTS, Effort, pursue
-from rbe.search.proposal import stack
-from rbe.search.quantise import needed_scale, quantise
+from rbe.search.packed128 import EFFORTS, Effort
+from rbe.search.proposal import Atoms, stack
+from rbe.search.quantise import is_coarse, needed_scale
 from rbe.search.viterbi import Encoded, _rotate_, _rotation, _row_scale_, _source, default_threads
 
 # Numbers in the tables of a chunk of blocks.
@@ -116,6 +116,18 @@ def _step(spec: SeedSpec) -> int:
     return max(1, _CHUNK // max(2 * height * width * spec.stages, 128 * 66))
 
 
+def _again(blocks: Blocks, atoms: Atoms, scale: float, effort: Effort, threads: int) -> tuple[Atoms, float]:
+    """Search blocks again whose amplitudes would be rounded away, among profiles that reach any amplitude."""
+    coarse = is_coarse(atoms, scale).nonzero()[:, 0]
+    if coarse.numel() == 0:
+        return atoms, scale
+    small, fine = blocks.part(coarse), replace(effort, grid=replace(effort.grid, saturating=False))
+    step = _step(blocks.spec)
+    found = stack(in_chunks(len(small), step, lambda p: packed128.pursue(small.part(p), fine), threads), 0)
+    atoms = Atoms(*(old.index_copy(0, coarse, new) for old, new in zip(atoms.tables, found.tables, strict=True)))
+    return atoms, max(scale, needed_scale(atoms, "radial"))
+
+
 def _fit(
     blocks: Blocks, energies: Tensor | None, effort: Effort, threads: int, report: _Report
 ) -> tuple[Tensor, Tensor]:
@@ -146,15 +158,22 @@ def _fit(
     else:
         atoms = stack(
             in_chunks(
-                len(blocks), step, lambda p: pursue(blocks.part(p), effort), threads, report.share(0.0, _SEARCHING)
+                len(blocks),
+                step,
+                lambda p: packed128.pursue(blocks.part(p), effort),
+                threads,
+                report.share(0.0, _SEARCHING),
             ),
             0,
         )
         scale = needed_scale(atoms, spec.mode)
-
-        def finish(part: slice) -> Packed:
-            code, radius, angle = quantise(atoms.part(part), scale, spec)
-            return pack(part, code, radius, angle)
-
-        done = in_chunks(len(blocks), step, finish, threads, report.share(_SEARCHING, 1.0))
+        if spec.mode == "radial":
+            atoms, scale = _again(blocks, atoms, scale, effort, threads)
+        done = in_chunks(
+            len(blocks),
+            step,
+            lambda p: pack(p, *packed128.finish(blocks.part(p), atoms.part(p), scale, effort)),
+            threads,
+            report.share(_SEARCHING, 1.0),
+        )
     return torch.cat([p.seeds for p in done]), torch.cat([p.sums for p in done])

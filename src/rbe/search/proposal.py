@@ -22,6 +22,8 @@ STEEPEST = 16.0
 FLATTEST = 0.1
 # The ridge of a singular system, relative to its trace: a wave that is 0 on all cells gets the coefficient 0.
 _RIDGE = 1e-10
+# Amplitudes of a profile go up to this many times the largest weight of the block.
+_LOUDEST = 8.0
 EVEN, ODD = 0, 1
 QUADRANTS = torch.tensor([[3, 1], [2, 0]])  # family and whether t >= 0 to the basis function
 
@@ -49,6 +51,11 @@ class Atoms:
         profile = packed128.basis(self.quadrant[..., None], self.steepness[..., None] * rho)[0]
         phase = self.wave[..., None] * angle
         return torch.cat([profile * torch.cos(phase), profile * torch.sin(phase)], 1)
+
+    def peaks(self) -> Tensor:
+        """The largest value of every stage's profile, (blocks, 2 stages) like the coefficients."""
+        peak = _peak(self.quadrant, self.steepness)
+        return torch.cat([peak, peak], 1)
 
     @property
     def coefficients(self) -> Tensor:
@@ -141,19 +148,21 @@ def propose(blocks: Blocks, grid: Grid) -> Atoms:
     """
     rho = rings(*blocks.spec.block_shape).radius
     inner, norms = sums(blocks), gram(blocks)
+    most = (_LOUDEST * blocks.values.abs().amax(1).double()).square()
     place = torch.linspace(-1.0, 1.0, grid.points, dtype=torch.float64) if grid.points > 1 else torch.zeros(1).double()
     if not grid.saturating:
         place = place.abs()
-    families = (EVEN, ODD) if grid.points > 1 else (EVEN,)
     found = []
-    for family in families:
-        profile = _profile(_steepness(place, family), family, rho)  # (points, rings)
+    for family in (EVEN, ODD) if grid.points > 1 else (EVEN,):
+        t = _steepness(place, family)
+        profile = _profile(t, family, rho)  # (points, rings)
         known = inner @ profile.T  # (blocks, 2, waves, points)
         system = (norms @ profile.square().T)[blocks.kind]  # (blocks, 3, waves, points)
-        found.append(_solve((known[:, 0], known[:, 1]), _three(system, 1))[0].max(-1))
-    energy = torch.stack([f.values for f in found], 1).flatten(1)  # (blocks, families * waves)
+        energy, cosine, sine = _solve((known[:, 0], known[:, 1]), _three(system, 1))
+        found.append(_quiet(energy, cosine, sine, t, family, most[:, None, None]).max(-1))
+    ranked = torch.stack([f.values for f in found], 1).flatten(1)  # (blocks, families * waves)
     where = torch.stack([f.indices for f in found], 1).flatten(1)
-    best = energy.topk(min(grid.keep, energy.shape[1])).indices  # (blocks, keep)
+    best = ranked.topk(min(grid.keep, ranked.shape[1])).indices  # (blocks, keep)
     wave, which = best % WAVES, best // WAVES  # which family
 
     at = place[where.gather(1, best)]
@@ -162,10 +171,12 @@ def propose(blocks: Blocks, grid: Grid) -> Atoms:
     norms = norms.transpose(1, 2)[blocks.kind[:, None], wave]  # (blocks, keep, 3, rings)
 
     def solve(at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        profile = _profile(_steepness(at, which), which, rho)
+        t = _steepness(at, which)
+        profile = _profile(t, which, rho)
         known = (inner * profile[:, :, None]).sum(-1)
         system = (norms * profile.square()[:, :, None]).sum(-1)
-        return _solve((known[..., 0], known[..., 1]), _three(system, -1))
+        energy, cosine, sine = _solve((known[..., 0], known[..., 1]), _three(system, -1))
+        return _quiet(energy, cosine, sine, t, which, most[:, None]), cosine, sine
 
     value = solve(at)[0]
     spacing = 2.0 / max(grid.points - 1, 1)
@@ -179,3 +190,21 @@ def propose(blocks: Blocks, grid: Grid) -> Atoms:
     t = _steepness(at, which)
     quadrant = QUADRANTS[which, (t >= 0).long()]
     return Atoms(*(table.gather(1, winner) for table in (quadrant, wave, t.abs(), cosine, sine)))
+
+
+def _quiet(energy: Tensor, cosine: Tensor, sine: Tensor, t: Tensor, family: Tensor | int, most: Tensor) -> Tensor:
+    """The energy, or -1 where it takes an amplitude whose square is above `most`.
+
+    A wave that happens to vanish on the few cells where its profile is large would fit them with an enormous amplitude:
+    one such block would decide the scale of the matrix, and the others would lose their digits. The constant profile,
+    whose amplitudes have many digits, is always allowed.
+    """
+    peak = _peak(QUADRANTS[torch.as_tensor(family), (t >= 0).long()], t.abs())
+    loud = (cosine.square() + sine.square()) * peak.square() > most
+    flat = (t == 0) & (torch.as_tensor(family) == EVEN)
+    return torch.where(loud & ~flat, -1.0, energy)
+
+
+def _peak(quadrant: Tensor, steepness: Tensor) -> Tensor:
+    """The largest value of a profile on the unit disk."""
+    return torch.where(quadrant == 3, 1.0, packed128.basis(quadrant, steepness)[0])

@@ -47,7 +47,7 @@ def needed_scale(atoms: Atoms, mode: str | None) -> float:
 
 def is_coarse(atoms: Atoms, scale: float) -> Tensor:
     """Whether a block has an amplitude so small, of a function without a second knob, that its rounding shows."""
-    small = _size(atoms).abs() * _top(atoms.quadrant, _least_frequency(atoms) * STEP) < 0.02 * scale
+    small = _size(atoms).abs() * _top(atoms.quadrant, _least_frequency(atoms) * STEP) < 0.003 * scale
     return (small & (atoms.quadrant >= 2)).any(1)
 
 
