@@ -122,7 +122,7 @@ def _profile(t: Tensor, family: Tensor | int, rho: Tensor) -> Tensor:
 def _solve(known: tuple[Tensor, Tensor], system: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Captured energy and coefficients of the waves, from their inner products with W and with each other."""
     (c, s), (cc, cs, ss) = known, system
-    ridge = _RIDGE * (cc + ss) + torch.finfo(torch.float64).tiny
+    ridge = _RIDGE * (cc + ss) + 1e-30  # profiles are of the order of 1: on this block this one is 0
     cc, ss = cc + ridge, ss + ridge
     determinant = cc * ss - cs * cs
     cosine = (ss * c - cs * s) / determinant
@@ -202,7 +202,9 @@ def _quiet(energy: Tensor, cosine: Tensor, sine: Tensor, t: Tensor, family: Tens
     peak = _peak(QUADRANTS[torch.as_tensor(family), (t >= 0).long()], t.abs())
     loud = (cosine.square() + sine.square()) * peak.square() > most
     flat = (t == 0) & (torch.as_tensor(family) == EVEN)
-    return torch.where(loud & ~flat, -1.0, energy)
+    # As good is not better: the constant profile has the finest amplitudes, sech^2 and tanh have the coarsest.
+    handicap = torch.where(flat, 0.0, torch.where(t < 0, 1e-6, 1e-8))
+    return torch.where(loud & ~flat, -1.0, energy * (1.0 - handicap))
 
 
 def _peak(quadrant: Tensor, steepness: Tensor) -> Tensor:
