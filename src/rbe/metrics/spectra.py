@@ -35,10 +35,20 @@ class Spectrum:
         error: what may be wrong with them, as a share of their norm: |values - true| <= error |true|. 0 where they are
             exact; otherwise the difference between two independent halves of the estimate, which in practice is about
             twice the error of the whole.
+        noise: share of the largest value below which a value says nothing, by the dtype of the matrix.
     """
 
     values: Tensor
     error: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def condition(self) -> float:
+        """Largest value divided by the smallest; infinity where that is noise. Of no use where values are estimated."""
+        if len(self.values) == 0:
+            return math.inf
+        most, least = self.values[0].item(), self.values[-1].item()
+        return math.inf if least <= self.noise * most else most / least
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,9 @@ def spectrum(matrix: Tensor, full: int = FULL, seed: int = 0) -> Spectrum:
     """
     a = _tall(matrix, "spectrum")
     if a.shape[1] <= full:
-        return Spectrum(torch.linalg.svdvals(_reduced(a)))
-    return _estimate(a.double(), seed)
+        return Spectrum(torch.linalg.svdvals(_reduced(a)), noise=_noise(a))
+    values, error = _estimate(a.double(), seed)
+    return Spectrum(values, error, _noise(a))
 
 
 def spectral_error(
@@ -163,11 +174,9 @@ def condition(matrix: Tensor, full: int = FULL, seed: int = 0) -> float:
     a = _tall(matrix, "condition")
     if a.shape[1] == 0:
         raise RbeError(f"condition: the matrix of shape {tuple(matrix.shape)} is empty; give one with elements")
-    noise = max(a.shape) * torch.finfo(a.dtype).eps
     if a.shape[1] <= full:
-        values = torch.linalg.svdvals(_reduced(a))
-        most, least = values[0].item(), values[-1].item()
-        return math.inf if least <= noise * most else most / least
+        return spectrum(a, full).condition
+    noise = _noise(a)
     r = torch.linalg.qr(a.double(), mode="r").R
     most = _largest(lambda x: r @ x, lambda y: r.T @ y, r.shape[1], seed)
     if r.diagonal().abs().amin().item() <= noise * most:
@@ -200,9 +209,12 @@ def jacobian(derivatives: Tensor) -> Jacobian:
         _reduced(_tall(derivatives, "jacobian") if len(derivatives) > 1 else derivatives.double())
     )
     most = values[0].item()
-    noise = max(derivatives.shape) * torch.finfo(derivatives.dtype).eps * most
-    rank = int((values > noise).sum())
+    rank = int((values > _noise(derivatives) * most).sum())
     return Jacobian(rank, most, values[1].item() if rank == 2 else 0.0)
+
+
+def _noise(a: Tensor) -> float:
+    return max(a.shape) * torch.finfo(a.dtype).eps
 
 
 def _tall(matrix: Tensor, what: str) -> Tensor:
@@ -240,32 +252,29 @@ def _both(
 def _bidiagonal(
     forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor], start: Tensor, steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Golub-Kahan with full reorthogonalisation: (singular values, first components, residuals) of what it has seen.
+    """Golub-Kahan bidiagonalisation: (singular values, first components, residuals) of what it has seen.
 
     First components squared are the weights of a quadrature for the distribution of the values, as `start` sees it.
+    Nothing is orthogonalised again: that only repeats values that were found already, which harms neither use.
     """
-    right = [start / start.norm()]
-    left: list[Tensor] = []
+    right = start / start.norm()
+    left = torch.zeros(0, dtype=start.dtype)
     diagonal: list[float] = []
     beside: list[float] = []
     largest = 0.0
     for k in range(min(steps, len(start))):
-        u = forward(right[-1])
-        if left:
-            u = u - beside[-1] * left[-1]
-            basis = torch.stack(left, 1)
-            u = u - basis @ (basis.T @ u)
+        u = forward(right)
+        if beside:
+            u = u - beside[-1] * left
         diagonal.append(u.norm().item())
         largest = max(largest, diagonal[-1])
-        left.append(u / diagonal[-1] if diagonal[-1] > 0 else u)
-        v = backward(left[-1]) - diagonal[-1] * right[-1]
-        basis = torch.stack(right, 1)
-        v = v - basis @ (basis.T @ v)
+        left = u / diagonal[-1] if diagonal[-1] > 0 else u
+        v = backward(left) - diagonal[-1] * right
         beside.append(v.norm().item())
         # Nothing new: the start has been followed to its end.
         if beside[-1] <= 1e-13 * largest or k + 1 == steps:
             break
-        right.append(v / beside[-1])
+        right = v / beside[-1]
     small = torch.diag(torch.tensor(diagonal, dtype=start.dtype))
     if len(diagonal) > 1:
         small = small + torch.diag(torch.tensor(beside[: len(diagonal) - 1], dtype=start.dtype), 1)
@@ -280,14 +289,14 @@ def _largest(forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], T
     for steps in (24, 48, 96, 192):
         values, _, residuals = _bidiagonal(forward, backward, start, steps)
         found = values[0].item()
-        # The error is of the second order in the residual.
-        if residuals[0].item() <= 3e-3 * found:
+        # A singular value is as near as the residual; that it is the largest, and the error still less, is tested.
+        if residuals[0].item() <= 1e-3 * found:
             break
     return found
 
 
-def _estimate(a: Tensor, seed: int) -> Spectrum:
-    """Singular values of a float64 matrix with at least as many rows as columns."""
+def _estimate(a: Tensor, seed: int) -> tuple[Tensor, float]:
+    """(singular values, error) of a float64 matrix with at least as many rows as columns."""
     columns = a.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -314,7 +323,7 @@ def _estimate(a: Tensor, seed: int) -> Spectrum:
     )
     size = whole.norm().item()
     # The energy of the rest is a difference, which is known to the root of the rounding.
-    return Spectrum(whole, (one - other).norm().item() / size + 1e-7 if size > 0 else 0.0)
+    return whole, (one - other).norm().item() / size + 1e-7 if size > 0 else 0.0
 
 
 def _quantiles(probes: list[tuple[Tensor, Tensor]], count: int, power: float) -> Tensor:
