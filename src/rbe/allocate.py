@@ -259,7 +259,19 @@ def make_plan(
                 continue
             reason = f"too thin: seeds would take {entry.nbytes} bytes of {entry.source_bytes}"
         entries.append(Entry(name, "keep", shape, dtype, reason=reason))
-    return Plan(tuple(entries))
+    return Plan(tuple(_together(entries, modules or {})))
+
+
+def _together(entries: list[Entry], modules: Mapping[str, Site]) -> Iterator[Entry]:
+    """The matrices of a recurrent layer become seeds all, or none does."""
+    groups = {name: site.group for name, site in modules.items() if site.group}
+    kept = {group: e for e in entries if (group := groups.get(e.module)) is not None and e.spec is None}
+    for entry in entries:
+        group = groups.get(entry.module)
+        if group in kept and entry.spec is not None:
+            reason = f"{kept[group].name} of the same layer is kept ({kept[group].reason})"
+            entry = Entry(entry.name, "keep", entry.shape, entry.dtype, reason=reason)
+        yield entry
 
 
 class Form(TypedDict, total=False):

@@ -1,6 +1,7 @@
 """`compress_`: a live torch model, its layers replaced by seed layers in place; `decompress_`: the way back."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -49,6 +50,9 @@ def plan_model(
     if effort not in EFFORTS:
         raise RbeError(f"compress: effort {effort!r} is not offered; choose one of {', '.join(EFFORTS)}")
     sites = swap.find(model)
+    if hasattr(model, "all_tied_weights_keys"):
+        why = "the loader of transformers cannot put a recurrent layer in place"
+        sites = [replace(site, kind="keep", reason=site.reason or why) if site.group else site for site in sites]
     tied = {name: site.tensor for site in sites for name in site.tensors[1:]}
     tensors = {
         name: (tuple(parameter.shape), dtype_name(parameter.dtype))
@@ -57,7 +61,7 @@ def plan_model(
     }
     plan = make_plan(
         tensors,
-        {site.module: site for site in sites},
+        {site.tensor.removesuffix(".weight"): site for site in sites},
         bits=bits,
         embeddings_bits=embeddings_bits,
         rates=rates,

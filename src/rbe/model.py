@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -168,7 +168,9 @@ def _save_plain(model: nn.Module, work: Path, max_shard_size: int) -> None:
             same[name] = first[place]
     described = swap.describe(model)
     modules = {name: Module.from_json(entry) for name, entry in described.items()}
-    settings = {_CLASS: type(model).__name__, _SAME: same}
+    settings: dict[str, Any] = {_CLASS: type(model).__name__, _SAME: same}
+    renamed = {name: dense for name in tensors if (dense := swap.dense_name(name, model)) != name}
+    settings |= {checkpoint.RENAMED: renamed} if renamed else {}
     outgoing = [shards.outgoing(name, tensor) for name, tensor in tensors.items()]
     checkpoint.write_folder(work, outgoing, Contents(modules, settings=settings), max_shard_size)
     name = type(model).__name__
@@ -204,20 +206,24 @@ def _refuse_unsealed(folder: Path) -> None:
 def _fill(model: nn.Module, found: Folder) -> None:
     """Put the folder's seed layers into a dense model of the same shape, and all of its tensors."""
     sites = {path: site for site in swap.find(model) for path in site.names}
-    state = {name: stored.read() for name, stored in found.tensors.items()}
     about = found.config["quantization_config"]
-    entries = checkpoint.specs(found.config)
+    # Folders of bare files know layers by their tensors' names.
+    paths = {name: site.module for site in sites.values() if site.group for name in site.tensors}
+    entries = {paths.get(path, path): value for path, value in checkpoint.specs(found.config).items()}
+    recurrent = {site.group for site in sites.values() if site.group and site.module in entries}
+    state = {_path_of(name, paths, recurrent): stored.read() for name, stored in found.tensors.items()}
     held = {path: module for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, Seeded)}
     for path, (spec, entry) in entries.items():
         _check_place(path, spec, entry, sites, held)
     state.update({name: state[source] for name, source in about.get(_SAME, {}).items()})
-    missing = _names_after(model, entries) ^ set(state)
+    missing = {_path_of(n, paths, recurrent) for n in _names_after(model, entries)} ^ set(state)
     if missing:
         raise RbeError(
             f"load: the given model and the folder do not have the same tensors ({', '.join(sorted(missing)[:4])}); "
             "build the model as it was when it was saved"
         )
-    for name, tensor in model.state_dict().items():
+    for own, tensor in model.state_dict().items():
+        name = _path_of(own, paths, recurrent)
         if name in state and state[name].shape != tensor.shape:
             raise RbeError(
                 f"load: {name} is {tuple(tensor.shape)} in the given model, "
@@ -238,6 +244,15 @@ def _fill(model: nn.Module, found: Folder) -> None:
         value = getattr(owner, source.rpartition(".")[2])
         if getattr(target, name.rpartition(".")[2]) is not value:
             setattr(target, name.rpartition(".")[2], value)
+
+
+def _path_of(name: str, paths: dict[str, str], recurrent: Collection[str]) -> str:
+    """The name that a tensor of a dense model, or of a bare file, has in the model in seeds."""
+    place, _, leaf = name.rpartition(".")
+    if place in paths:
+        return f"{paths[place]}.{leaf}"
+    kind, _, part = leaf.partition("_")
+    return f"{place}.{part}.{kind}" if place in recurrent and kind == "bias" else name
 
 
 def _check_place(

@@ -20,6 +20,8 @@ from rbe.source import INDEX
 METHOD = "rbe"
 CONFIG = "config.json"
 CARD = "README.md"
+# In quantization_config: tensors that have another name in the dense model.
+RENAMED = "dense_names"
 FORMAT_VERSION = formats.get("trellis").VERSION
 # What our own commands may leave in a compressed folder later.
 _LATER = ("report.html", "report.json")

@@ -78,17 +78,22 @@ def _dense_tensors(folder: checkpoint.Folder, dtype: torch.dtype | None) -> list
         shape = checkpoint.weight_sides(spec, entry)
 
         def generate(
-            module: str = module, flip: bool = entry["transposed"], to: torch.dtype = target
+            module: str = module,
+            flip: bool = entry["transposed"],
+            to: torch.dtype = target,
+            offset: float = entry.get("offset", 0.0),
         ) -> Iterator[bytes]:
-            weight: Tensor = folder.matrix(module).decode()
+            weight: Tensor = folder.matrix(module).decode() + offset
             yield shards.raw((weight.T if flip else weight).to(to))
 
         tied = [f"{name}.weight" for name in entry.get("tied", ())]
         for name in (checkpoint.weight_name(module, entry), *tied):
             tensors[name] = Outgoing(name, shards.dtype_name(target), shape, generate)
+    renamed = folder.config["quantization_config"].get(checkpoint.RENAMED, {})
     for name, stored in folder.tensors.items():
         if name not in taken:
-            tensors[name] = Outgoing(name, stored.dtype, stored.shape, stored.chunks)
+            dense = str(renamed.get(name, name))
+            tensors[dense] = Outgoing(dense, stored.dtype, stored.shape, stored.chunks)
     return [tensors[name] for name in sorted(tensors, key=source.natural)]
 
 

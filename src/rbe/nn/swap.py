@@ -1,23 +1,40 @@
-"""Find the layers of a model that can hold seeds, put seed layers in their place, and take them out again."""
+"""Put seed layers in place of the layers of a model, and take them out again."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rbe import formats
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.matrix import SeedMatrix
+from rbe.nn.conv import Conv1d, Conv2d, Convolution
+from rbe.nn.describe import dense_name, describe, packed_state
 from rbe.nn.embedding import Embedding
 from rbe.nn.linear import Linear
+from rbe.nn.norm import Affine
+from rbe.nn.recurrent import GRU, LSTM, Recurrent
 from rbe.nn.seeded import Seeded, SeededVector
-from rbe.shards import dtype_name
+from rbe.nn.sites import Kind, Site, dense, find, matches, multiplier
 
-Kind = Literal["linear", "embedding", "conv", "recurrent", "keep"]
+__all__ = [
+    "Kind",
+    "Site",
+    "decompress_",
+    "dense",
+    "dense_name",
+    "describe",
+    "find",
+    "matches",
+    "packed_state",
+    "place",
+    "place_vector",
+    "replace",
+    "shut",
+]
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -27,174 +44,6 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-
-
-@dataclass(frozen=True)
-class Site:
-    """One weight that seeds could hold, with everything that shares it.
-
-    Attributes:
-        module: path of the module that will own the seeds.
-        kind: "linear", "embedding", or "keep" where it stays dense.
-        shape: (rows, columns) = (out, in) of the matrix, whatever the layer's own layout.
-        transposed: the layer stores (in, out).
-        shared: paths of the other modules that use the same weight: the same module again, or one tied to it.
-        reason: why it is kept; empty otherwise.
-    """
-
-    module: str
-    kind: Kind
-    shape: tuple[int, int]
-    transposed: bool = False
-    shared: tuple[str, ...] = ()
-    reason: str = ""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every path, the owner's first."""
-        return (self.module, *self.shared)
-
-    @property
-    def tensor(self) -> str:
-        """Name of the dense weight."""
-        return self.tensors[0]
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """Every name of the dense weight, the owner's first."""
-        return self.names if self.kind == "recurrent" else tuple(f"{path}.weight" for path in self.names)
-
-
-def _role(module: nn.Module) -> tuple[Kind, bool, str] | None:
-    """(kind, transposed, reason to keep) of a layer with a two-sided weight, None for everything else."""
-    weight = module._parameters.get("weight")
-    name = type(module).__name__
-    if not isinstance(module, (nn.Linear, nn.Embedding)) and not (name == "Conv1D" and hasattr(module, "nf")):
-        return None
-    if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
-        return "keep", False, "its weight is not a plain parameter (parametrized, hooked or lazy)"
-    if name == "NonDynamicallyQuantizableLinear":
-        return "keep", False, "torch's MultiheadAttention multiplies by this weight outside of the layer"
-    if type(module) is nn.Linear:
-        return "linear", False, ""
-    if type(module) is nn.Embedding:
-        options = [
-            option
-            for option, active in (
-                ("max_norm", module.max_norm is not None),
-                ("sparse", module.sparse),
-                ("scale_grad_by_freq", module.scale_grad_by_freq),
-            )
-            if active
-        ]
-        return "embedding", False, f"an Embedding with {', '.join(options)} changes its own table" if options else ""
-    if name == "Conv1D":
-        return "linear", True, ""
-    if _multiplier(module) is not None:
-        return "embedding", False, ""
-    return "keep", False, f"{name} computes something of its own around the weight"
-
-
-def _multiplier(module: nn.Module) -> tuple[float, bool] | None:
-    """(factor, whether it is rounded to the rows' dtype) of transformers' scaled word embeddings, None for the rest."""
-    kind = type(module)
-    if not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("ScaledWordEmbedding")):
-        return None
-    rounds = isinstance(module.embed_scale, Tensor)
-    factor = getattr(module, "scalar_embed_scale" if rounds else "embed_scale", None)
-    return None if factor is None else (float(factor), rounds)
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a module path, or its weight's name, fits one of the shell patterns.
-
-    >>> matches("encoder.layer.0.query", ["*.query"]), matches("encoder.layer.0.query", ["encoder.layer.1.*"])
-    (True, False)
-    """
-    return any(fnmatchcase(name, pattern) or fnmatchcase(f"{name}.weight", pattern) for pattern in patterns)
-
-
-def _groups(model: nn.Module) -> Iterator[list[tuple[str, nn.Module | None]]]:
-    """For every weight that seeds could hold: all (module path, module) that use it; None for an unknown user."""
-    declared: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    groups: dict[int, list[tuple[str, nn.Module | None]]] = {}
-    key_of: dict[str, int] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            full = f"{path}.{name}" if path else name
-            # transformers ties by declaration while its models are on the meta device.
-            key = key_of.get(declared.get(full, ""), id(parameter))
-            for other, source in declared.items():
-                if source == full and other in key_of:
-                    key = key_of[other]
-            key_of[full] = key
-            user = module if name == "weight" and _role(module) is not None else None
-            groups.setdefault(key, []).append((path if user is not None else full, user))
-    for users in groups.values():
-        if any(module is not None for _, module in users):
-            yield users
-
-
-def _shape(module: nn.Module, transposed: bool) -> tuple[int, int]:
-    weight = module._parameters["weight"]
-    assert weight is not None
-    rows, columns = (int(side) for side in weight.shape)
-    return (columns, rows) if transposed else (rows, columns)
-
-
-def find(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Site]:
-    """Every weight of a model that seeds could hold, in the model's order; nothing is changed or encoded.
-
-    >>> [(site.module, site.kind) for site in find(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)))]
-    [('0', 'linear'), ('2', 'linear')]
-
-    Args:
-        model: any torch module; one on the meta device will do.
-        include: shell patterns of module paths; when given, everything else is kept.
-        exclude: shell patterns of module paths that are kept.
-
-    Returns:
-        one `Site` a weight, those to be kept with their reason.
-    """
-    sites = []
-    for users in _groups(model):
-        layers = [(path, module) for path, module in users if module is not None]
-        # An embedding owns what a head shares with it: its rows must be generated one by one.
-        layers.sort(key=lambda user: not isinstance(user[1], nn.Embedding))
-        owner, module = layers[0]
-        roles = [role for _, layer in layers if (role := _role(layer)) is not None]
-        kind, transposed, _ = roles[0]
-        shared = tuple(path for path, _ in layers[1:])
-        strangers = [path for path, layer in users if layer is None]
-        reason = next((why for _, _, why in roles if why), "")
-        weight = module._parameters.get("weight")
-        if reason and (weight is None or weight.ndim != 2):
-            continue
-        shape = _shape(module, transposed)
-        if reason:
-            pass
-        elif owner == "" or "" in shared:
-            reason = "it is the whole model; build rbe.nn.Linear.from_matrix(rbe.encode(weight), bias) instead"
-        elif strangers:
-            reason = f"{strangers[0]} uses the same weight in a way that is not known"
-        elif len({layout for _, layout, _ in roles}) > 1:
-            reason = "it is shared between layers of opposite layout"
-        elif min(shape) == 0:
-            reason = "it is empty"
-        elif any(matches(path, exclude) for path in (owner, *shared)):
-            reason = "excluded"
-        elif include and not any(matches(path, include) for path in (owner, *shared)):
-            reason = "not included"
-        sites.append(Site(owner, "keep" if reason else kind, shape, transposed, shared, reason))
-    return sites
-
-
-def dense(model: nn.Module, site: Site) -> Tensor:
-    """The dense (rows, columns) weight of a site, detached, as the layers hold it."""
-    weight: Tensor = model.get_submodule(site.module)._parameters["weight"]  # type: ignore[assignment]
-    return weight.detach().T if site.transposed else weight.detach()
 
 
 def place(model: nn.Module, site: Site, spec: SeedSpec, row_scale: bool) -> list[Seeded]:
@@ -227,6 +76,8 @@ def replace(model: nn.Module, site: Site, matrix: SeedMatrix) -> list[Seeded]:
 def _put(model: nn.Module, site: Site, spec: SeedSpec, row_scale: bool, matrix: SeedMatrix | None) -> list[Seeded]:
     if spec.shape != site.shape:
         raise RbeError(f"{site.module}: the layer is {site.shape}, but the seeds make {spec.shape}")
+    if site.group:
+        _unfold(model, site.group)
     built: dict[int, Seeded] = {}
     for path in site.names:
         old = model.get_submodule(path)
@@ -240,6 +91,26 @@ def _put(model: nn.Module, site: Site, spec: SeedSpec, row_scale: bool, matrix: 
     return list(built.values())
 
 
+def _unfold(model: nn.Module, path: str) -> None:
+    """Put a recurrent layer of ours, its parts still dense, in place of torch's."""
+    old = model.get_submodule(path)
+    if not isinstance(old, nn.RNNBase):
+        return
+    kind = LSTM if isinstance(old, nn.LSTM) else GRU
+    new = kind.__new__(kind)
+    new._arrange(old.input_size, old.hidden_size, old.num_layers, old.batch_first, old.dropout, old.bidirectional)
+    for name, _ in new._parts():
+        part = nn.Linear(1, 1, bias=False, device="meta")
+        part.register_parameter("weight", old._parameters[f"weight_{name}"])
+        part.register_parameter("bias", old._parameters.get(f"bias_{name}"))
+        part.training = old.training
+        setattr(new, name, part)
+    new.training = old.training
+    for hooks in _HOOKS:
+        getattr(new, hooks).update(getattr(old, hooks))
+    _set(model, path, new)
+
+
 def _like(old: nn.Module, spec: SeedSpec, row_scale: bool, transposed: bool, owner: Seeded | None) -> Seeded:
     """The unfilled seed layer that takes a dense layer's place, with its bias, mode and hooks."""
     weight = old._parameters["weight"]
@@ -251,9 +122,13 @@ def _like(old: nn.Module, spec: SeedSpec, row_scale: bool, transposed: bool, own
             new = Embedding.from_spec(spec, padding, row_scale=row_scale, device="meta", dtype=dtype)
         else:
             new = Embedding.tied(owner, padding)
-        scaled = _multiplier(old)
+        scaled = multiplier(old)
         if scaled is not None:
             new.multiply_rows(*scaled, type(old))
+    elif isinstance(old, (nn.Conv1d, nn.Conv2d)):
+        new = _convolution(old, spec, row_scale, dtype)
+        if owner is not None:
+            raise RbeError("a kernel is shared between layers, which seeds cannot be")
     else:
         if owner is None:
             new = Linear.from_spec(spec, False, row_scale=row_scale, transposed=transposed, device="meta", dtype=dtype)
@@ -263,6 +138,26 @@ def _like(old: nn.Module, spec: SeedSpec, row_scale: bool, transposed: bool, own
     new.training = old.training
     for hooks in _HOOKS:
         getattr(new, hooks).update(getattr(old, hooks))
+    return new
+
+
+def _convolution(old: nn.Conv1d | nn.Conv2d, spec: SeedSpec, row_scale: bool, dtype: torch.dtype | None) -> Seeded:
+    kind = Conv1d if isinstance(old, nn.Conv1d) else Conv2d
+    new = kind.from_spec(
+        spec,
+        old.in_channels,
+        old.kernel_size,
+        old.stride,
+        old.padding,
+        old.dilation,
+        old.groups,
+        False,
+        old.padding_mode,
+        row_scale=row_scale,
+        device="meta",
+        dtype=dtype,
+    )
+    new.bias = old._parameters.get("bias")
     return new
 
 
@@ -332,31 +227,6 @@ def shut(module: Seeded) -> None:
         module._prepared = None
 
 
-def packed_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model as files hold it: the seeds of open layers packed.
-
-    >>> sorted(packed_state(nn.Sequential(Linear(32, 32, bias=False, format="packed128"))))
-    ['0.scale', '0.seeds']
-
-    Raises:
-        RbeError: a radius was trained out of [0, 1), or a number is not finite.
-    """
-    state: dict[str, Tensor] = dict(model.state_dict())
-    packed: dict[int, SeedMatrix] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, Seeded) or module.owner is not module or not module.trainable:
-            continue
-        prefix = f"{path}." if path else ""
-        try:
-            matrix = packed.setdefault(id(module), module.matrix)
-        except RbeError as cause:
-            raise RbeError(f"{path or 'model'}: {cause}") from cause
-        for name in ("code", "radius", "angle"):
-            del state[f"{prefix}{name}"]
-        state.update({f"{prefix}{name}": tensor for name, tensor in matrix.to_tensors().items()})
-    return state
-
-
 def _is_parameter(model: nn.Module, *names: str) -> bool:
     for name in names:
         path, _, leaf = name.rpartition(".")
@@ -377,6 +247,8 @@ def decompress_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     weights: dict[int, nn.Parameter] = {}
     layers: dict[int, nn.Module] = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, Affine):
+            _dense_affine(module, dtype)
         if not isinstance(module, Seeded) or isinstance(module, SeededVector):  # a layer takes its vectors with it
             continue
         if id(module) not in layers:
@@ -386,6 +258,9 @@ def decompress_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
                 weights[owner] = nn.Parameter(weight.to(dtype or weight.dtype).contiguous())
             layers[id(module)] = _dense_layer(module, weights[owner], dtype)
         _set(model, path, layers[id(module)])
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if path and isinstance(module, Recurrent):
+            _set(model, path, layers.setdefault(id(module), _dense_recurrent(module)))
     for module in model.modules():
         if isinstance(module.__dict__.get("_tied_weights_keys"), dict):
             del module._tied_weights_keys
@@ -393,6 +268,34 @@ def decompress_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
             if expand is not None:
                 module.all_tied_weights_keys = expand(all_submodels=True)
     return model
+
+
+def _dense_affine(module: Affine, dtype: torch.dtype | None) -> None:
+    """Give a norm dense parameters in place of its seeds."""
+    with torch.no_grad():
+        for name, values in (("weight", module.gain()), ("bias", module.shift())):
+            if getattr(module, f"{name}_seed") is not None and values is not None:
+                setattr(module, f"{name}_seed", None)
+                setattr(module, name, nn.Parameter(values.to(dtype or values.dtype).clone()))
+
+
+def _dense_recurrent(module: Recurrent) -> nn.Module:
+    """torch's layer with the parts of one whose matrices are dense already."""
+    parts: dict[str, Any] = {name: getattr(module, name) for name, _ in module._parts()}
+    kind = nn.LSTM if isinstance(module, LSTM) else nn.GRU
+    bias = any(part.bias is not None for part in parts.values())
+    sizes = (module.input_size, module.hidden_size, module.num_layers)
+    new = kind(*sizes, bias=bias, batch_first=module.batch_first, bidirectional=module.bidirectional, device="meta")
+    new.dropout = module.dropout
+    for name, part in parts.items():
+        setattr(new, f"weight_{name}", part.weight)
+        if bias:
+            zeros = torch.zeros(part.weight.shape[0], dtype=part.weight.dtype, device=part.weight.device)
+            setattr(new, f"bias_{name}", nn.Parameter(zeros) if part.bias is None else part.bias)
+    new.training = module.training
+    for hooks in _HOOKS:
+        getattr(new, hooks).update(getattr(module, hooks))
+    return new
 
 
 def _dense_layer(module: Seeded, weight: nn.Parameter, dtype: torch.dtype | None) -> nn.Module:
@@ -406,10 +309,23 @@ def _dense_layer(module: Seeded, weight: nn.Parameter, dtype: torch.dtype | None
         from transformers.pytorch_utils import Conv1D  # only such a model has this layer
 
         new = Conv1D(rows, 0)  # type: ignore[no-untyped-call]
+    elif isinstance(module, Convolution):
+        new = (nn.Conv1d if isinstance(module, Conv1d) else nn.Conv2d)(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,  # type: ignore[arg-type]
+            module.stride,  # type: ignore[arg-type]
+            module.padding,  # type: ignore[arg-type]
+            module.dilation,  # type: ignore[arg-type]
+            module.groups,
+            False,
+            module.padding_mode,  # type: ignore[arg-type]
+            device="meta",
+        )
     else:
         new = nn.Linear(columns, rows, bias=False, device="meta")
     new.weight = weight
-    if isinstance(module, Linear):
+    if isinstance(module, Linear | Convolution):
         bias = module.bias
         if module.bias_seed is not None:
             with torch.no_grad():
@@ -423,49 +339,3 @@ def _dense_layer(module: Seeded, weight: nn.Parameter, dtype: torch.dtype | None
     for hooks in _HOOKS:
         getattr(new, hooks).update(getattr(module, hooks))
     return new  # type: ignore[no-any-return]
-
-
-def _kind(module: Seeded) -> str:
-    if isinstance(module, SeededVector):
-        return "vector"
-    return "embedding" if isinstance(module, Embedding) else "linear"
-
-
-def _original(path: str, module: Seeded) -> dict[str, Any]:
-    """Name and shape of the dense tensor that a layer stands for, where they are not the usual ones."""
-    if isinstance(module, SeededVector):
-        return {"tensor": path.removesuffix("_seed"), "sides": [module.spec.shape[0]]}
-    return {}
-
-
-def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What a loader must know to rebuild the seed layers: for every owner's path a JSON-ready entry.
-
-    >>> describe(nn.Sequential(Linear(16, 16)))["0"]["kind"]
-    'linear'
-
-    Returns:
-        {path: {"spec", "kind", "row_scale", "transposed", "dtype", "tied"}}; dtype is that of the virtual weight, tied
-        are the paths that share the owner's seeds. Where the dense tensor is not a matrix `<path>.weight`, its name is
-        "tensor" and its shape "sides".
-    """
-    paths: dict[int, list[str]] = {}
-    modules: dict[int, Seeded] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Seeded):
-            paths.setdefault(id(module.owner), []).append(path)
-            if module.owner is module:
-                modules.setdefault(id(module), module)
-    entries = {}
-    for key, owner in modules.items():
-        own = [path for path in paths[key] if model.get_submodule(path) is owner]
-        entries[own[0]] = {
-            "spec": owner.spec.to_json(),
-            "kind": _kind(owner),
-            "row_scale": owner.row_scale is not None,
-            "transposed": owner.transposed,
-            "dtype": dtype_name(owner.weight_dtype),
-            "tied": [path for path in paths[key] if path != own[0]],
-            **_original(own[0], owner),
-        }
-    return entries
