@@ -172,6 +172,7 @@ def test_opcheck_of_open_matrices(kind: dict[str, Any]) -> None:
     torch.library.opcheck(ops.decode, (*tensors, None, None, line))
     torch.library.opcheck(ops.rows, (index, *tensors, None, None, line))
     torch.library.opcheck(ops.seed_gradient, (x.detach(), y.detach(), *fixed, line))
+    torch.library.opcheck(ops.seed_backward, (x.detach(), y.detach(), *fixed, line))
     torch.library.opcheck(ops.decode_gradient, (random_x(20, 33), *fixed, line))
     torch.library.opcheck(ops.rows_gradient, (index, random_x(2, 33), *fixed, line))
 

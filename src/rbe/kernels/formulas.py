@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rbe.errors import RbeError
@@ -21,6 +22,7 @@ class Calls(NamedTuple):
     gradient: Callable[..., tuple[Tensor, Tensor, Tensor]]
     decode_gradient: Callable[..., tuple[Tensor, Tensor, Tensor]]
     rows_gradient: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 class Formulas:
@@ -33,8 +35,14 @@ class Formulas:
         """Of seed_matmul; the inputs are its arguments."""
         x, *tensors, spec, _activations = inputs
         # Integer activations have the gradient of the exact product: rounding is passed straight through.
-        by_x = self.calls.transposed(g, *tensors, spec) if needs[0] else None
-        by_tensors = self._by_tensors(needs[1:8], tensors, lambda kept: self.calls.gradient(x, g, *kept, spec))
+        by_x: Optional = None
+        if needs[0] and any(needs[1:8]) and not torch.is_grad_enabled() and tensors[5] is None:
+            # Nobody differentiates these derivatives: one pass over the seeds makes all of them.
+            by_x, *gradients = self.calls.backward(x, g, *tensors[:5], spec)
+            by_tensors = self._by_tensors(needs[1:8], tensors, lambda _: gradients)
+        else:
+            by_x = self.calls.transposed(g, *tensors, spec) if needs[0] else None
+            by_tensors = self._by_tensors(needs[1:8], tensors, lambda kept: self.calls.gradient(x, g, *kept, spec))
         return by_x, *by_tensors, None, None
 
     def transposed_backward(self, needs: Sequence[bool], inputs: Sequence[Any], g: Tensor) -> tuple[Any, ...]:
@@ -59,7 +67,7 @@ class Formulas:
     def _by_tensors(
         needs: Sequence[bool],
         tensors: Sequence[Optional],
-        gradient: Callable[[Sequence[Optional]], tuple[Tensor, Tensor, Tensor]],
+        gradient: Callable[[Sequence[Optional]], Sequence[Tensor]],
     ) -> tuple[Optional, ...]:
         """Gradients in the order of `Tensors`."""
         scale, radius, angle = needs[1], needs[3], needs[4]

@@ -84,7 +84,7 @@ def _function(
 def _calls() -> Calls:
     gradients = [
         _function(name, getattr(ops.CALLS, name), None, None)
-        for name in ("gradient", "decode_gradient", "rows_gradient")
+        for name in ("gradient", "decode_gradient", "rows_gradient", "backward")
     ]
 
     # The formulas need the functions and the functions the formulas.

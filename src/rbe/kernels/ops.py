@@ -106,7 +106,8 @@ def decode(
     if _trellis(about, tensors):
         matrix, _kept = _native(about, tensors)
         return cpu.decode(matrix, about)
-    return bands.decode(source(about, tensors))
+    by = source(about, tensors)
+    return packed.decode(by) if isinstance(by, packed.Packed) else bands.decode(by)
 
 
 @decode.register_fake
@@ -198,7 +199,8 @@ def seed_matmul_transposed(
         return cpu.matmul_transposed(matrix, about, y)
     by = source(about, tensors, y)
     flat = y.to(by.dtype).reshape(-1, about.shape[0])
-    x = packed.matmul_transposed(by, flat) if isinstance(by, packed.Packed) else bands.matmul_transposed(by, flat)
+    x = packed.backward(by, None, flat, True)[0] if isinstance(by, packed.Packed) else bands.matmul_transposed(by, flat)
+    assert x is not None
     return x.reshape(*y.shape[:-1], about.shape[1]).to(y.dtype)
 
 
@@ -226,7 +228,37 @@ def seed_gradient(
         return scale.new_empty(0), scale.new_empty(0), (product.double() * y.double()).sum().to(scale.dtype)
     by = source(about, tensors, x, y)
     flat = x.to(by.dtype).reshape(-1, about.shape[1]), y.to(by.dtype).reshape(-1, about.shape[0])
-    return packed.gradient(by, *flat) if isinstance(by, packed.Packed) else bands.gradient(by, *flat)
+    gradients = packed.backward(by, *flat, False)[1] if isinstance(by, packed.Packed) else bands.gradient(by, *flat)
+    assert gradients is not None
+    return gradients
+
+
+@torch.library.custom_op("rbe::seed_backward", mutates_args=())
+def seed_backward(
+    x: Tensor,
+    y: Tensor,
+    seeds: Tensor,
+    scale: Tensor,
+    row_scale: Tensor | None,
+    radius: Tensor | None,
+    angle: Tensor | None,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`seed_matmul_transposed` of y, and `seed_gradient`, in one pass over the seeds where there is one."""
+    about, tensors = parsed(spec), Tensors(seeds, scale, row_scale, radius, angle)
+    by = None if about.format == "trellis" else source(about, tensors, x, y)
+    if not isinstance(by, packed.Packed):
+        by_x = seed_matmul_transposed(y, *tensors, spec)
+        return by_x, *seed_gradient(x, y, *tensors[:5], spec)
+    flat = x.to(by.dtype).reshape(-1, about.shape[1]), y.to(by.dtype).reshape(-1, about.shape[0])
+    d_x, gradients = packed.backward(by, *flat, True)
+    assert d_x is not None and gradients is not None
+    return d_x.reshape(x.shape).to(y.dtype), *gradients
+
+
+@seed_backward.register_fake
+def _(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return y.new_empty(x.shape), *_fake_gradient(Tensors(*args[:5]))
 
 
 @torch.library.custom_op("rbe::decode_gradient", mutates_args=())
@@ -283,7 +315,9 @@ def _(index: Tensor, g: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _fake_gradient(Tensors(*args[:5]))
 
 
-CALLS = Calls(decode, rows, seed_matmul, seed_matmul_transposed, seed_gradient, decode_gradient, rows_gradient)
+CALLS = Calls(
+    decode, rows, seed_matmul, seed_matmul_transposed, seed_gradient, decode_gradient, rows_gradient, seed_backward
+)
 
 
 def _register() -> None:

@@ -106,33 +106,37 @@ def matmul(source: Packed, x: Tensor) -> Tensor:
     return bands.turned(y, source.spec.rotation[0], back=True)
 
 
-def matmul_transposed(source: Packed, y: Tensor) -> Tensor:
-    """The product of y (n, rows), float32, with the transposed matrix."""
-    if not source.tabled:
-        return bands.matmul_transposed(source, y)
-    y = bands.turned(y, source.spec.rotation[0]).contiguous()
-    if source.spec.format == "packed64":
-        x = _kronecker_transposed(source, y)
-    else:
-        x = torch.empty(y.shape[0], source.spec.shape[1])
-        source.native.backward(0, y.data_ptr(), y.shape[0], x.data_ptr(), 0, torch.get_num_threads())
-    return bands.turned(x, source.spec.rotation[1], back=True)
+def decode(source: Packed) -> Tensor:
+    """The dense matrix; where nothing is rotated, C++ writes it in its place."""
+    if any(source.spec.rotation):
+        return bands.decode(source)
+    out = torch.empty(source.spec.shape)
+    source.native.decode(0, source.spec.shape[0], out.data_ptr(), torch.get_num_threads())
+    return out
 
 
-def gradient(source: Packed, x: Tensor, y: Tensor) -> bands.Gradients:
-    """As `bands.gradient`."""
+def backward(source: Packed, x: Tensor | None, y: Tensor, by_x: bool) -> tuple[Tensor | None, bands.Gradients | None]:
+    """Derivatives of the sum of y (n, rows) times the product of x (n, columns).
+
+    Returns:
+        those by x, where `by_x`, and those by radius, angle and scale, where x is given.
+    """
     if not source.tabled:
-        return bands.gradient(source, x, y)
-    x = bands.turned(x, source.spec.rotation[1]).contiguous()
+        d_x = bands.matmul_transposed(source, y) if by_x else None
+        return d_x, None if x is None else bands.gradient(source, x, y)
     y = bands.turned(y, source.spec.rotation[0]).contiguous()
-    sums = bands.no_sums(source)
-    threads = torch.get_num_threads()
+    if x is not None:
+        x = bands.turned(x, source.spec.rotation[1]).contiguous()
     if source.spec.format == "packed64":
-        by_amplitude = _kronecker_gradient(source, x, y)
-        source.native.chain(by_amplitude.data_ptr(), sums.data_ptr(), threads)
+        d_x, gradients = _kronecker_backward(source, x, y, by_x)
     else:
-        source.native.backward(x.data_ptr(), y.data_ptr(), x.shape[0], 0, sums.data_ptr(), threads)
-    return bands.finish(source, sums)
+        d_x = torch.empty(y.shape[0], source.spec.shape[1]) if by_x else None
+        sums = None if x is None else bands.no_sums(source)
+        source.native.backward(
+            _address(x), y.data_ptr(), y.shape[0], _address(d_x), _address(sums), torch.get_num_threads()
+        )
+        gradients = None if sums is None else bands.finish(source, sums)
+    return None if d_x is None else bands.turned(d_x, source.spec.rotation[1], back=True), gradients
 
 
 # packed64: block (I, J) is sum_s c_IJs phi_s. With P_Js = phi_s x_J, computed once, y_I = sum_Js c_IJs P_Js.
@@ -148,11 +152,12 @@ def _modulations(source: Packed) -> Tensor:
     return _phi(*source.spec.block_shape, source.spec.stages)
 
 
-def _amplitudes(source: Packed) -> Tensor:
-    """(block rows, block columns, stages), scaled."""
-    out = torch.empty(*source.spec.grid, source.spec.stages)
-    source.native.amplitudes(out.data_ptr(), torch.get_num_threads())
-    return out.mul_(source.tensors.scale)
+def _amplitudes(source: Packed, slopes: bool = False) -> Tensor:
+    """Amplitudes, and where wanted their derivatives by radius and angle: (1 or 3, block rows, columns, stages)."""
+    out = torch.empty(3 if slopes else 1, *source.spec.grid, source.spec.stages)
+    addresses = [part.data_ptr() for part in out] + [0] * (3 - len(out))
+    source.native.amplitudes(*addresses, torch.get_num_threads())
+    return out
 
 
 def _blocks(x: Tensor, count: int, side: int) -> Tensor:
@@ -170,30 +175,38 @@ def _unblocked(blocks: Tensor, columns: int) -> Tensor:
 
 def _kronecker(source: Packed, x: Tensor) -> Tensor:
     (block_rows, block_columns), (height, width) = source.spec.grid, source.spec.block_shape
-    amplitudes, blocks = _amplitudes(source), _blocks(x, block_columns, width).reshape(-1, width)
+    amplitudes, blocks = _amplitudes(source)[0], _blocks(x, block_columns, width).reshape(-1, width)
     y = x.new_zeros(block_rows, x.shape[0] * height)
     for stage, phi in enumerate(_modulations(source)):
         y.addmm_(amplitudes[..., stage], (blocks @ phi.T).reshape(block_columns, -1))
-    return _scaled(source, _unblocked(y.reshape(block_rows, x.shape[0], height), source.spec.shape[0]))
+    y = _unblocked(y.reshape(block_rows, x.shape[0], height), source.spec.shape[0]) * source.tensors.scale
+    return _scaled(source, y)
 
 
-def _kronecker_transposed(source: Packed, y: Tensor) -> Tensor:
+def _kronecker_backward(
+    source: Packed, x: Tensor | None, y: Tensor, by_x: bool
+) -> tuple[Tensor | None, bands.Gradients | None]:
+    """As `backward`, before the rotations."""
     (block_rows, block_columns), (height, width) = source.spec.grid, source.spec.block_shape
-    amplitudes = _amplitudes(source)
-    blocks = _blocks(_scaled(source, y), block_rows, height).reshape(block_rows, -1)
-    x = y.new_zeros(block_columns * y.shape[0], width)
-    for stage, phi in enumerate(_modulations(source)):
-        x.addmm_((amplitudes[..., stage].T @ blocks).reshape(-1, height), phi)
-    return _unblocked(x.reshape(block_columns, y.shape[0], width), source.spec.shape[1])
-
-
-def _kronecker_gradient(source: Packed, x: Tensor, y: Tensor) -> Tensor:
-    """Derivatives by the unscaled amplitudes, but for the scale: (block rows, block columns, stages)."""
-    (block_rows, block_columns), (height, width) = source.spec.grid, source.spec.block_shape
-    blocks = _blocks(x, block_columns, width).reshape(-1, width)
+    n, scale, radius = y.shape[0], source.tensors.scale, source.tensors.radius
+    parts = _amplitudes(source, slopes=x is not None)
     upstream = _blocks(_scaled(source, y), block_rows, height).reshape(block_rows, -1)
-    parts = [upstream @ (blocks @ phi.T).reshape(block_columns, -1).T for phi in _modulations(source)]
-    return torch.stack(parts, -1)
+    phis = _modulations(source)
+    d_x = None
+    if by_x:
+        d_x = y.new_zeros(block_columns * n, width)
+        for stage, phi in enumerate(phis):
+            d_x.addmm_((parts[0, ..., stage].T @ upstream).reshape(-1, height), phi)
+        d_x = _unblocked(d_x.reshape(block_columns, n, width), source.spec.shape[1]).mul_(scale)
+    if x is None:
+        return d_x, None
+    blocks = _blocks(x, block_columns, width).reshape(-1, width)
+    by_amplitude = torch.stack([upstream @ (blocks @ phi.T).reshape(block_columns, -1).T for phi in phis], -1)
+    by_scale = torch.sum(parts[0] * by_amplitude, dtype=torch.float64).to(scale.dtype)
+    if radius is None:
+        return d_x, (scale.new_empty(0), scale.new_empty(0), by_scale)
+    by_radius, by_angle = ((part * by_amplitude).mul_(scale).reshape(radius.shape) for part in parts[1:])
+    return d_x, (by_radius, by_angle, by_scale)
 
 
 def _scaled(source: Packed, y: Tensor) -> Tensor:

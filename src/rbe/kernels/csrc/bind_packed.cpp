@@ -58,14 +58,8 @@ void bind_packed(nb::module_& m) {
             release())
         .def(
             "amplitudes",
-            [](const PackedMatrix& self, uintptr_t out, int threads) {
-                rbe::packed_amplitudes(self, at<float>(out), threads);
-            },
-            release())
-        .def(
-            "chain",
-            [](const PackedMatrix& self, uintptr_t by_amplitude, uintptr_t out, int threads) {
-                rbe::packed_chain(self, at<const float>(by_amplitude), at<rbe::Sums>(out), threads);
+            [](const PackedMatrix& self, uintptr_t amp, uintptr_t by_radius, uintptr_t by_angle, int threads) {
+                rbe::packed_amplitudes(self, at<float>(amp), at<float>(by_radius), at<float>(by_angle), threads);
             },
             release())
         .def(

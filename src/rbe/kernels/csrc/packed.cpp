@@ -16,7 +16,6 @@ namespace {
 
 constexpr int64_t ALONE = 1 << 16;  // weights times rows of x below which a second thread does not pay
 constexpr int64_t ROWS = 8;         // of a large block that a thread takes at once
-constexpr int64_t COLUMNS = 8;       // of blocks that a thread's backward pass takes at once
 constexpr double TURN = 6.283185307179586477;
 
 thread_local Scratch scratch_records, scratch_profiles, scratch_slopes, scratch_tile;
@@ -268,9 +267,10 @@ void packed_backward(const Packed& p, const float* x, const float* y, int64_t ba
     });
     const std::vector<float> folded_x = out ? fold_columns(p, x, batch, threads) : std::vector<float>();
     std::vector<float> folded_d(d_x ? static_cast<size_t>(batch * p.block_cols * wide) : 0);
-    const int64_t pieces = (p.block_cols + COLUMNS - 1) / COLUMNS;
+    // Columns of blocks that a thread takes at once: their sums stay in its first-level cache.
+    const int64_t columns = batch > 8 ? 8 : 32, pieces = (p.block_cols + columns - 1) / columns;
     parallel(pieces, threads, [&](int64_t k) {
-        t.backward(p, k * COLUMNS, std::min((k + 1) * COLUMNS, p.block_cols), out ? folded_x.data() : nullptr,
+        t.backward(p, k * columns, std::min((k + 1) * columns, p.block_cols), out ? folded_x.data() : nullptr,
                    folded_y.data(), batch, d_x ? folded_d.data() : nullptr, out);
     });
     if (!d_x) return;
@@ -288,24 +288,15 @@ void packed_backward(const Packed& p, const float* x, const float* y, int64_t ba
     });
 }
 
-void packed_amplitudes(const Packed& p, float* out, int threads) {
+void packed_amplitudes(const Packed& p, float* amp, float* by_radius, float* by_angle, int threads) {
     const PackedTier& t = packed_tier();
-    parallel(p.block_rows, p.block_rows * p.block_cols < ALONE / 64 ? 1 : threads, [&](int64_t I) {
+    const int64_t wide = p.block_cols * p.records();
+    parallel(p.block_rows, p.block_rows * wide < ALONE / 64 ? 1 : threads, [&](int64_t I) {
         const Prepared ready(t, p, I * p.block_cols, p.block_cols);
-        for (int64_t k = 0; k < p.block_cols * p.stages; k++)
-            out[I * p.block_cols * p.stages + k] = ready.records[k].amp;
-    });
-}
-
-void packed_chain(const Packed& p, const float* by_amplitude, Sums* out, int threads) {
-    const PackedTier& t = packed_tier();
-    parallel(p.block_rows, p.block_rows * p.block_cols < ALONE / 64 ? 1 : threads, [&](int64_t I) {
-        const Prepared ready(t, p, I * p.block_cols, p.block_cols);
-        const int64_t first = I * p.block_cols * p.stages;
-        for (int64_t k = 0; k < p.block_cols * p.stages; k++) {
+        for (int64_t k = 0; k < wide; k++) {
             const Record& r = ready.records[k];
-            const double by = by_amplitude[first + k];
-            out[first + k].value += r.amp * by, out[first + k].radius += r.slope * by, out[first + k].angle += r.v * by;
+            amp[I * wide + k] = r.amp;
+            if (by_radius) by_radius[I * wide + k] = r.slope, by_angle[I * wide + k] = r.v;
         }
     });
 }

@@ -103,9 +103,8 @@ void packed_rows(const Packed& p, const int64_t* index, int64_t count, float* ou
 void packed_matmul(const Packed& p, const float* x, int64_t batch, float* y, int threads);
 // Derivatives of <y, W x>: by x where d_x is given, and by the seeds, as sums, where out is given. x may be null without out.
 void packed_backward(const Packed& p, const float* x, const float* y, int64_t batch, float* d_x, Sums* out, int threads);
-// packed64: amplitudes (blocks, stages), and sums from derivatives by them.
-void packed_amplitudes(const Packed& p, float* out, int threads);
-void packed_chain(const Packed& p, const float* by_amplitude, Sums* out, int threads);
+// packed64: amplitudes (blocks, stages) and, where wanted, their derivatives by radius and angle.
+void packed_amplitudes(const Packed& p, float* amp, float* by_radius, float* by_angle, int threads);
 void packed_contract(const Packed& p, int64_t begin, int64_t end, const float* gradient, Sums* out, int threads);
 
 }  // namespace rbe

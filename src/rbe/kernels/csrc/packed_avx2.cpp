@@ -33,6 +33,8 @@ inline VF spread(const float* from) {
     return join(all, all);
 }
 
+inline VF reciprocal(VF x) { return 1.0f / x; }
+
 constexpr int VECTORS = 1, BATCH = 2;  // accumulators that the registers hold
 
 #include "packed_tier.h"

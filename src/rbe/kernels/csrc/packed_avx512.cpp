@@ -32,6 +32,12 @@ inline VF spread(const float* from) {
     return reinterpret_cast<VF>(_mm512_set1_ps(*from));
 }
 
+// One Newton step after 14 bits.
+inline VF reciprocal(VF x) {
+    const VF near = reinterpret_cast<VF>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
+    return near * (2.0f - x * near);
+}
+
 constexpr int VECTORS = 4, BATCH = 3;  // accumulators that the registers hold
 
 #include "packed_tier.h"

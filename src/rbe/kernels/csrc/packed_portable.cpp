@@ -24,6 +24,8 @@ inline VF spread(const float* from) {
     return out;
 }
 
+inline VF reciprocal(VF x) { return 1.0f / x; }
+
 constexpr int VECTORS = 1, BATCH = 1;  // accumulators that the registers hold
 
 #include "packed_tier.h"

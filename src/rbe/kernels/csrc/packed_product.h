@@ -33,24 +33,24 @@ inline void chunk_product(const Tables& t, int64_t count, int64_t per_block, con
     for (int b = 0; b < NB; b++)
         for (int m = 0; m < 2; m++)
             for (int v = 0; v < NV; v++) acc[b][m][v] = load(sums + (b * 2 + m) * n + (first + v) * LANES);
-    for (int64_t k = 0; k < count; k++, weights += 2 * n) {
-        const int64_t odd = r[k].q & 1;
-        const float* even_x = x + (k / per_block * 2 + odd) * half;
-        const float* odd_x = x + (k / per_block * 2 + 1 - odd) * half;
-        VF e[NV], o[NV];
-        for (int v = 0; v < NV; v++)
-            e[v] = load(weights + (first + v) * LANES), o[v] = load(weights + n + (first + v) * LANES);
-        for (int b = 0; b < NB; b++)
-            if (HALF <= LANES) {
-                const VF a = spread<HALF>(even_x + b * x_stride), c = spread<HALF>(odd_x + b * x_stride);
-                for (int v = 0; v < NV; v++) acc[b][0][v] += e[v] * a, acc[b][1][v] += o[v] * c;
-            } else {
-                for (int v = 0; v < NV; v++) {
-                    const int64_t at = (first + v) % wide * LANES + b * x_stride;
-                    acc[b][0][v] += e[v] * load(even_x + at), acc[b][1][v] += o[v] * load(odd_x + at);
+    for (const Record* end = r + count; r != end; x += 2 * half)
+        for (const Record* next = r + per_block; r != next; r++, weights += 2 * n) {
+            const int64_t odd = r->q & 1;
+            const float *even_x = x + odd * half, *odd_x = x + (1 - odd) * half;
+            VF e[NV], o[NV];
+            for (int v = 0; v < NV; v++)
+                e[v] = load(weights + (first + v) * LANES), o[v] = load(weights + n + (first + v) * LANES);
+            for (int b = 0; b < NB; b++)
+                if (HALF <= LANES) {
+                    const VF a = spread<HALF>(even_x + b * x_stride), c = spread<HALF>(odd_x + b * x_stride);
+                    for (int v = 0; v < NV; v++) acc[b][0][v] += e[v] * a, acc[b][1][v] += o[v] * c;
+                } else {
+                    for (int v = 0; v < NV; v++) {
+                        const int64_t at = (first + v) % wide * LANES + b * x_stride;
+                        acc[b][0][v] += e[v] * load(even_x + at), acc[b][1][v] += o[v] * load(odd_x + at);
+                    }
                 }
-            }
-    }
+        }
     for (int b = 0; b < NB; b++)
         for (int m = 0; m < 2; m++)
             for (int v = 0; v < NV; v++) store(sums + (b * 2 + m) * n + (first + v) * LANES, acc[b][m][v]);
@@ -291,8 +291,8 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
                         reduce<KIND>(t, r[k], profile + k * classes, slopes + k * classes, v, 1, even, odds, acc);
                 }
                 if (BY_SEEDS) {
-                    double total[4];
-                    for (int m = 0; m < 4; m++) total[m] = m < 2 || KIND == RADIAL ? sum(acc[m]) : 0;
+                    const Four block = sum4(acc);
+                    const double total[4] = {block[0], block[1], block[2], block[3]};
                     add_sums<KIND>(r[k], total, out[(I * p.block_cols + J) * p.stages + k % per_block]);
                 }
             }

@@ -9,12 +9,24 @@ inline void store(float* p, VF v) { *reinterpret_cast<VF*>(p) = v; }
 inline VF splat(float x) { return VF{} + x; }
 inline VI loadi(const int32_t* p) { return *reinterpret_cast<const VI*>(p); }
 
-inline float sum(VF v) {  // always the same tree
-    float lane[W];
-    store(lane, v);
-    for (int64_t n = W / 2; n; n /= 2)
-        for (int64_t k = 0; k < n; k++) lane[k] += lane[k + n];
-    return lane[0];
+typedef float Four __attribute__((vector_size(16)));
+
+inline Four fold(VF v) {
+    return (__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 8, 9, 10, 11)) +
+           (__builtin_shufflevector(v, v, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 12, 13, 14, 15));
+}
+
+// The sums of four vectors, each in the same order.
+inline Four sum4(const VF* v) {
+    const Four a = fold(v[0]), b = fold(v[1]), c = fold(v[2]), d = fold(v[3]);
+    const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
+inline float sum(VF v) {
+    const Four a = fold(v);
+    return (a[0] + a[2]) + (a[1] + a[3]);
 }
 
 // ---- records: per-seed scalars, in double, in loops that vectorise over seeds ----
@@ -54,12 +66,13 @@ inline void wave_wide(double turns, double& s, double& c) {
     c = 1 + z * b;
 }
 
-struct Basis {
-    double sinh, cosh, tanh, bell;
-};
-inline Basis basis(double x) {
-    const double e = expm1_wide(x), small = 1 / (e + 1), e2 = e * (e + 2), whole = 1 / (e2 + 2);
-    return {0.5 * e * (1 + small), 0.5 * (e + 1 + small), e2 * whole, 4 * (e2 + 1) * whole * whole};
+// f and f' of the quadrants' functions, with one division.
+inline void basis(int64_t quadrant, double x, double& f, double& slope) {
+    const double e = expm1_wide(x), e2 = e * (e + 2);
+    const double w = 1 / (quadrant < 2 ? e + 1 : e2 + 2);
+    const double sinh = 0.5 * e2 * w, cosh = 0.5 * (e2 + 2) * w, tanh = e2 * w, bell = 4 * (e2 + 1) * w * w;
+    f = quadrant < 2 ? (quadrant == 0 ? sinh : cosh) : (quadrant == 2 ? tanh : bell);
+    slope = quadrant < 2 ? (quadrant == 0 ? cosh : sinh) : (quadrant == 2 ? bell : -2 * tanh * bell);
 }
 
 // The sum of d_k atan(2^-k) over the 20 steps, in turns: one table for each half of the bits.
@@ -81,94 +94,97 @@ struct Turns {
 constexpr double STRETCH[5] = {1.6424840657522373, 1.646743506596901, 1.6467601926846949, 1.6467602578654548,
                                CORDIC_GAIN};
 
-// Radius and angle (in turns) of seeds [first, first + n) in the order of storage.
-inline void points(const Packed& p, int64_t first, int n, double* r, double* turns, int64_t* code) {
+// Numbers of a group of seeds, side by side; `n` is rounded up to whole vectors, and what is beyond the seeds is zero.
+struct Group {
+    double r[AT_ONCE], turns[AT_ONCE], at[AT_ONCE], sine[AT_ONCE], cosine[AT_ONCE], amp[AT_ONCE], slope[AT_ONCE];
+    double argument[AT_ONCE], d_angle[AT_ONCE];
+    float u[AT_ONCE], v[AT_ONCE];
+    int64_t code[AT_ONCE];
+};
+
+// Radius, angle (in turns) and code of seeds [first, first + n) in the order of storage.
+inline void points(const Packed& p, int64_t first, int n, Group& g) {
     constexpr double PER_RADIAN = 0.15915494309189533577;
-    for (int k = 0; k < n; k++) {
-        const int64_t at = first + k;
-        const int64_t* word = p.seeds + at * p.words;
-        if (p.radius) {
-            r[k] = p.radius[at], turns[k] = p.angle[at] * PER_RADIAN;
-            code[k] = p.kind == PACKED64 ? 0 : p.seeds[at];
-        } else if (p.kind != PACKED64) {
-            const uint64_t lo = static_cast<uint64_t>(word[1]);
-            const uint32_t high = static_cast<uint32_t>(lo >> 32), low = static_cast<uint32_t>(lo);
-            float radius, angle;
-            std::memcpy(&radius, &high, 4), std::memcpy(&angle, &low, 4);
-            r[k] = radius, turns[k] = angle * PER_RADIAN, code[k] = word[0];
-        } else if (p.words == 1) {
-            const uint64_t w = static_cast<uint64_t>(word[0]);
-            r[k] = static_cast<double>(w >> 32) * 0x1p-32, turns[k] = static_cast<double>(w & 0xFFFFFFFFu) * 0x1p-32;
-            code[k] = 0;
-        } else {
-            r[k] = std::min(static_cast<double>(static_cast<uint64_t>(word[0])) * 0x1p-64, 0x1.fffffffffffffp-1);
-            turns[k] = static_cast<double>(static_cast<uint64_t>(word[1])) * 0x1p-64, code[k] = 0;
+    const int64_t* word = p.seeds + first * p.words;
+    if (p.radius) {
+        for (int k = 0; k < n; k++) g.r[k] = p.radius[first + k], g.turns[k] = p.angle[first + k] * PER_RADIAN;
+        if (p.kind != PACKED64) std::copy_n(p.seeds + first, n, g.code);
+    } else if (p.kind != PACKED64) {
+        for (int k = 0; k < n; k++) {
+            float point[2];
+            std::memcpy(point, word + 2 * k + 1, 8);  // little end first: the angle
+            g.r[k] = point[1], g.turns[k] = point[0] * PER_RADIAN, g.code[k] = word[2 * k];
+        }
+    } else if (p.words == 1) {
+        for (int k = 0; k < n; k++) {
+            const uint64_t w = static_cast<uint64_t>(word[k]);
+            g.r[k] = static_cast<double>(w >> 32) * 0x1p-32, g.turns[k] = static_cast<double>(w & 0xFFFFFFFFu) * 0x1p-32;
+        }
+    } else {
+        for (int k = 0; k < n; k++) {
+            const uint64_t r = static_cast<uint64_t>(word[2 * k]), turns = static_cast<uint64_t>(word[2 * k + 1]);
+            g.r[k] = std::min(static_cast<double>(r) * 0x1p-64, 0x1.fffffffffffffp-1);
+            g.turns[k] = static_cast<double>(turns) * 0x1p-64;
         }
     }
 }
 
-void records64(const double* r, const double* turns, int n, double* amp, double* slope, double* d_angle) {
+void records64(Group& g, int n) {
     for (int k = 0; k < n; k++) {
         double s, c;
-        wave_wide(turns[k], s, c);
-        const double one = 1 / (1 + r[k] * r[k]), g = 2 * r[k] * one;
-        amp[k] = g * s, d_angle[k] = g * c;
-        slope[k] = 2 * (1 - r[k]) * (1 + r[k]) * one * one * s;
+        wave_wide(g.turns[k], s, c);
+        const double r = g.r[k], one = 1 / (1 + r * r), value = 2 * r * one;
+        g.amp[k] = value * s, g.d_angle[k] = value * c;
+        g.slope[k] = 2 * (1 - r) * (1 + r) * one * one * s;
+        g.u[k] = 1, g.v[k] = static_cast<float>(g.d_angle[k]), g.argument[k] = 0;
     }
 }
 
-// Amplitude and its slope in r: A f(alpha R) in faithful mode, A / max f (and times alpha K) in radial mode.
-inline double pick(int64_t q, double a, double b, double c, double d) { return q < 2 ? (q ? b : a) : (q == 2 ? c : d); }
+// Amplitude A / max f and argument at cell radius 1.
+void radial(Group& g, int n) {
+    for (int k = 0; k < n; k++) {
+        const int64_t quadrant = g.code[k] >> 62 & 3;
+        const double A = 2 * static_cast<double>(g.code[k] >> 38 & 4095) / 4095 - 1;
+        const double alpha = std::max(static_cast<double>(g.code[k] >> 50 & 4095), 1.0) * (10.0 / 4095);
+        const double top = alpha * CORDIC_GAIN, e = expm1_wide(top), e2 = e * (e + 2);
+        const double over = quadrant < 2 ? 2 * (e + 1) : (quadrant == 2 ? e2 + 2 : 1);
+        const double under = quadrant < 2 ? (quadrant == 0 ? e2 : e2 + 2) : (quadrant == 2 ? e2 : 1);
+        g.amp[k] = A * over / under, g.slope[k] = g.amp[k] * top, g.argument[k] = top * g.r[k];
+    }
+}
 
-void records128(int kind, const double* r, const double* turns, const int64_t* code, int n, Record* out, int parts) {
-    static const Turns steps;
-    double at[AT_ONCE], sine[AT_ONCE], cosine[AT_ONCE], amp[AT_ONCE], slope[AT_ONCE], argument[AT_ONCE], step[AT_ONCE];
-    int64_t q[AT_ONCE], quadrant[AT_ONCE];
-    for (int k = 0; k < n; k++) step[k] = steps(code[k]);
+// Amplitude A f(alpha R) and its slope in r.
+void faithful(Group& g, int n) {
     for (int k = 0; k < n; k++) {
-        q[k] = code[k] >> 32 & 63;
-        quadrant[k] = code[k] >> 62 & 3;
-        at[k] = kind == FAITHFUL && r[k] == 0 ? 0 : static_cast<double>(q[k]) * (turns[k] + step[k]);
-    }
-    for (int k = 0; k < n; k++) wave_wide(at[k], sine[k], cosine[k]);
-    for (int k = 0; k < n; k++) {
-        const double A = 2 * static_cast<double>(code[k] >> 38 & 4095) / 4095 - 1;
-        const double frequency = static_cast<double>(code[k] >> 50 & 4095);
-        if (kind == RADIAL) {
-            const double alpha = std::max(frequency, 1.0) * 10 / 4095;
-            const Basis top = basis(alpha * CORDIC_GAIN);
-            argument[k] = alpha * CORDIC_GAIN * r[k];
-            amp[k] = A / pick(quadrant[k], top.sinh, top.cosh, top.tanh, 1);
-            slope[k] = amp[k] * alpha * CORDIC_GAIN;
-        } else {
-            const double alpha = frequency * 10 / 4095;
-            // The first clamp that sets in is the last: tanh(R) < 1 and the steps after it stretch by less than 1.003.
-            double before = STRETCH[4], after = 1;
-            for (int c = 4; c >= 0; c--) {
-                const bool out_of_disk = r[k] * STRETCH[c] >= 1;
-                before = out_of_disk ? STRETCH[c] : before;
-                after = out_of_disk ? STRETCH[4] / STRETCH[c] : after;
-            }
-            const bool clamped = r[k] * before >= 1;
-            const Basis clamp = basis(r[k] * before);
-            const double R = clamped ? clamp.tanh * after : r[k] * STRETCH[4];
-            const double dR = clamped ? clamp.bell * before * after : STRETCH[4];
-            const Basis f = basis(alpha * R);
-            amp[k] = A * pick(quadrant[k], f.sinh, f.cosh, f.tanh, f.bell);
-            slope[k] = A * alpha * dR * pick(quadrant[k], f.cosh, f.sinh, f.bell, -2 * f.tanh * f.bell);
-            argument[k] = 0;
+        const int64_t quadrant = g.code[k] >> 62 & 3;
+        const double A = 2 * static_cast<double>(g.code[k] >> 38 & 4095) / 4095 - 1;
+        const double alpha = static_cast<double>(g.code[k] >> 50 & 4095) * (10.0 / 4095), r = g.r[k];
+        // The first clamp that sets in is the last: tanh(R) < 1 and the steps after it stretch by less than 1.003.
+        double before = STRETCH[4], after = 1;
+        for (int c = 3; c >= 0; c--) {
+            const bool outside = r * STRETCH[c] >= 1;
+            before = outside ? STRETCH[c] : before, after = outside ? STRETCH[4] / STRETCH[c] : after;
         }
+        double tanh, bell, f, slope;
+        basis(2, r * before, tanh, bell);
+        const bool clamped = r * before >= 1;
+        const double R = clamped ? tanh * after : r * STRETCH[4];
+        const double d_R = clamped ? bell * before * after : STRETCH[4];
+        basis(quadrant, alpha * R, f, slope);
+        g.amp[k] = A * f, g.slope[k] = A * alpha * d_R * slope, g.argument[k] = 0;
     }
+}
+
+void records128(int kind, Group& g, int n) {
+    static const Turns steps;
+    for (int k = 0; k < n; k++) g.at[k] = steps(g.code[k]);
+    for (int k = 0; k < n; k++) g.at[k] = static_cast<double>(g.code[k] >> 32 & 63) * (g.turns[k] + g.at[k]);
+    for (int k = 0; k < n; k++) wave_wide(g.at[k], g.sine[k], g.cosine[k]);
+    kind == RADIAL ? radial(g, n) : faithful(g, n);
     for (int k = 0; k < n; k++) {
-        const bool odd = q[k] >= 32, origin = kind == FAITHFUL && r[k] == 0;
-        Record& o = out[k * parts];
-        o.u = static_cast<float>(odd ? sine[k] : cosine[k]);
-        o.v = static_cast<float>(odd ? cosine[k] : -sine[k]);
-        // At the origin the angle of every cell is 0: the block is constant, and so is it in theta.
-        if (origin) o.u = odd ? 0.0f : 1.0f, o.v = 0;
-        o.amp = static_cast<float>(amp[k]), o.slope = static_cast<float>(slope[k]);
-        o.argument = static_cast<float>(argument[k]);
-        o.shape = static_cast<int32_t>(quadrant[k]), o.q = origin ? 0 : static_cast<int32_t>(q[k]);
+        const bool odd = (g.code[k] >> 37 & 1) != 0;
+        g.u[k] = static_cast<float>(odd ? g.sine[k] : g.cosine[k]);
+        g.v[k] = static_cast<float>(odd ? g.cosine[k] : -g.sine[k]);
     }
 }
 
@@ -193,24 +209,23 @@ void along(const Packed& p, int64_t first, int n, Record* out) {
 }
 
 void records(const Packed& p, int64_t first, int64_t count, Record* out) {
-    double r[AT_ONCE], turns[AT_ONCE], amp[AT_ONCE], slope[AT_ONCE], d_angle[AT_ONCE];
-    int64_t code[AT_ONCE];
+    constexpr int TOGETHER = 8;
+    Group g = {};
     const int64_t end = (first + count) * p.stages;
     for (int64_t at = first * p.stages; at < end; at += AT_ONCE, out += AT_ONCE * p.parts()) {
         const int n = static_cast<int>(std::min<int64_t>(AT_ONCE, end - at));
-        points(p, at, n, r, turns, code);
-        if (p.kind == PACKED64) {
-            records64(r, turns, n, amp, slope, d_angle);
-            for (int k = 0; k < n; k++)
-                out[k] = {1, static_cast<float>(d_angle[k]), static_cast<float>(amp[k]), static_cast<float>(slope[k]), 0, 0,
-                          0, 0};
-        } else {
-            records128(p.kind, r, turns, code, n, out, p.parts());
+        const int whole = (n + TOGETHER - 1) / TOGETHER * TOGETHER;  // a seed's numbers do not depend on its neighbours
+        points(p, at, n, g);
+        p.kind == PACKED64 ? records64(g, whole) : records128(p.kind, g, whole);
+        for (int k = 0; k < n; k++) {
+            Record& o = out[k * p.parts()];
+            o = {g.u[k], g.v[k], static_cast<float>(g.amp[k]), static_cast<float>(g.slope[k]),
+                 static_cast<float>(g.argument[k]), static_cast<int32_t>(g.code[k] >> 62 & 3),
+                 static_cast<int32_t>(g.code[k] >> 32 & 63), static_cast<int32_t>(p.stages == 1 ? 0 : (at + k) % p.stages)};
+            // At the origin the angle of every cell is 0: the block is constant, and so is it in theta.
+            if (p.kind == FAITHFUL && g.r[k] == 0) o.u = o.q >= 32 ? 0.0f : 1.0f, o.v = 0, o.q = 0;
         }
         if (p.d_radius) along(p, at, n, out);
-        for (int k = 0; k < n; k++)
-            for (int part = 0; part < p.parts(); part++)
-                out[k * p.parts() + part].stage = static_cast<int32_t>((at + k) % p.stages);
     }
 }
 
@@ -229,12 +244,11 @@ inline VF expm1_lanes(VF x) {
 // f and its derivative at x = argument * rho >= 0.
 inline void profile_lanes(int shape, VF x, VF& f, VF& slope) {
     if (shape < 2) {
-        const VF e = expm1_lanes(x), small = 1.0f / (e + 1.0f);
-        const VF sinh = 0.5f * (e * (small + 1.0f)), cosh = 0.5f * (e + 1.0f + small);
+        const VF e = expm1_lanes(x), w = reciprocal(e + 1.0f);
+        const VF sinh = 0.5f * (e * w + e), cosh = 0.5f * (e + 1.0f + w);
         f = shape ? cosh : sinh, slope = shape ? sinh : cosh;
     } else {
-        const VF e = expm1_lanes(x + x), whole = 1.0f / (e + 2.0f), tanh = e * whole;
-        const VF bell = 4.0f * ((e + 1.0f) * whole) * whole;
+        const VF e = expm1_lanes(x + x), w = reciprocal(e + 2.0f), tanh = e * w, bell = 4.0f * ((e + 1.0f) * w) * w;
         f = shape == 2 ? tanh : bell, slope = shape == 2 ? bell : -2.0f * (tanh * bell);
     }
 }
@@ -486,10 +500,15 @@ void contract_of(const Packed& p, int64_t i0, int64_t i1, int64_t J0, int64_t J1
                     }
                 }
                 if (!TABLED)  // rows of large blocks are long
-                    for (int m = 0; m < 4; m++) total[m] += sum(acc[m]), acc[m] = VF{};
+                        {
+                    const Four row = sum4(acc);
+                    for (int m = 0; m < 4; m++) total[m] += row[m], acc[m] = VF{};
+                }
             }
-            if (TABLED)
-                for (int m = 0; m < (KIND == RADIAL ? 4 : 2); m++) total[m] = sum(acc[m]);
+            if (TABLED) {
+                const Four block = sum4(acc);
+                for (int m = 0; m < 4; m++) total[m] = block[m];
+            }
             add_sums<KIND>(r, total, out[J * p.stages + s]);
         }
 }
