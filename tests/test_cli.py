@@ -15,10 +15,11 @@ import torch
 pytest.importorskip("transformers", reason="the models are transformers models")
 typer_testing = pytest.importorskip("typer.testing", reason="the command line is built on typer")
 
-from rbe import checkpoint, convert, profile  # noqa: E402
+from rbe import checkpoint, convert, metrics, profile  # noqa: E402
 from rbe.cli import show, trial, work  # noqa: E402
 from rbe.cli.app import app  # noqa: E402
 from rbe.errors import RbeError  # noqa: E402
+from rbe.source import open_source  # noqa: E402
 
 RBE = [sys.executable, "-c", "from rbe.cli import main; main()"]
 
@@ -104,6 +105,47 @@ def test_inspect_counts_every_byte(small: Path) -> None:
         told["parts"]["seeds"]
         == sum(r["weights"] for r in [{"weights": r["shape"][0] * r["shape"][1]} for r in seeded]) // 4
     )
+
+
+def test_inspect_tells_energy_and_efficiency(small: Path) -> None:
+    for row in rbe_json("inspect", small)["tensors"]:
+        if row["kind"] != "keep":
+            assert row["captured_energy"] == pytest.approx(1 - row["error"])
+            assert row["efficiency"] == pytest.approx(metrics.least_rate(row["error"]) / row["rate"])
+            assert 0.7 < row["efficiency"] < 1 and "spectrum" not in row
+    shown = rbe("inspect", small).stdout
+    assert "captured" in shown and "eta" in shown and "spectral" not in shown
+
+
+def test_inspect_beside_the_source_compares_singular_values(small: Path, bert: Path) -> None:
+    name = "encoder.layer.1.output.dense"
+    rows = {row["name"]: row for row in rbe_json("inspect", small, "--against", bert)["tensors"]}
+    found = rows[name]["spectrum"]
+    matrices, _ = checkpoint.load_matrices(small)
+    weight = open_source(bert).tensors[f"{name}.weight"].read()
+    ours, wanted = matrices[name].decode(), weight.float()
+    assert found["error"] == pytest.approx(rows[name]["error"], rel=1e-3)
+    assert found["spectral_error"] == pytest.approx(metrics.spectral_error(ours, wanted))
+    assert found["principal"] == pytest.approx(metrics.principal_ratio(ours, wanted, 16))
+    assert found["lipschitz"] == pytest.approx([metrics.lipschitz(wanted), metrics.lipschitz(ours)])
+    assert found["condition"] == pytest.approx([metrics.condition(wanted), metrics.condition(ours)])
+    assert found["uncertainty"] == 0.0 and "spectrum" not in rows["embeddings.LayerNorm.weight"]
+    shown = rbe("inspect", small, "--against", bert).stdout
+    assert "PCR_16" in shown and "Lipschitz" in shown and "spectral error" in shown
+
+
+def test_large_matrices_beside_the_source_say_how_sure_they_are(
+    small: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = metrics.spectrum
+    monkeypatch.setattr(metrics, "spectrum", lambda matrix: whole(matrix, full=20))
+    found = rbe_json("inspect", small, "--against", bert)["tensors"][0]["spectrum"]
+    assert found["uncertainty"] > 0 and found["condition"] is None
+    assert "+-" in rbe("inspect", small, "--against", bert).stdout
+
+
+def test_inspect_beside_another_model_is_refused(small: Path, gpt2: Path) -> None:
+    refused("inspect", small, "--against", gpt2, says="is it the source?")
 
 
 def test_inspect_shows_tables(small: Path) -> None:

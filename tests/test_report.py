@@ -70,6 +70,17 @@ def test_the_figures_are_there() -> None:
     assert ENTRIES[0].rate == pytest.approx(2.0078, abs=1e-4)
 
 
+def test_energy_efficiency_and_spectral_error_are_shown_where_known() -> None:
+    text = page()
+    assert "93.10 %" in text and "0.961" in text and "spectral error</th>" not in text
+    assert ENTRIES[0].efficiency == pytest.approx(0.961, abs=1e-3) and ENTRIES[0].captured == pytest.approx(0.931)
+    known = report.Entry("w", "linear", (16, 16), "trellis 2 bit", 68, 0.07, 0.0213)
+    text = report.render(report.Report("t", [known, *ENTRIES], {}, 68, 256))
+    assert "spectral error</th>" in text and "0.0213" in text
+    rows = re.findall(r"<tr><td class=name>.*?</tr>", text)
+    assert {row.count("<td") for row in rows} == {10}
+
+
 def test_text_is_escaped() -> None:
     evil = "<script>alert('x')</script> & \"more\""
     entry = report.Entry(evil, "linear", (16, 16), evil, 64, 0.1)

@@ -22,6 +22,7 @@ class Entry:
         format: "trellis 2 bit", "float32", ...
         nbytes: stored bytes, scales counted.
         error: squared error relative to the source; None where nothing was lost or nothing is known.
+        spectral_error: of the sorted singular values; None where no source was at hand.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Entry:
     format: str
     nbytes: int
     error: float | None = None
+    spectral_error: float | None = None
 
     @property
     def weights(self) -> int:
@@ -48,6 +50,16 @@ class Entry:
     def floor(self) -> float:
         """Shannon floor of the error at the stored rate."""
         return metrics.shannon_floor(self.rate)
+
+    @property
+    def captured(self) -> float | None:
+        """Share of the source's energy that is kept, 1 - error."""
+        return None if self.error is None else 1.0 - self.error
+
+    @property
+    def efficiency(self) -> float | None:
+        """eta: the rate that the error needs at least, of the rate that is stored."""
+        return None if self.error is None else metrics.efficiency(self.error, self.rate)
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,12 @@ def render(report: Report) -> str:
         _section("Semantic search, side by side", _search(report.search), _agreement(report.search))
         if report.search
         else "",
-        _section("Every tensor", _tensors(report.entries)),
+        _section(
+            "Every tensor",
+            _tensors(report.entries),
+            "Captured is the energy kept, 1 &minus; error; &eta; the rate that the error needs at least, of the rate "
+            "that is stored; the spectral error is that of the sorted singular values.",
+        ),
         _section("About this run", _facts(report.facts)) if report.facts else "",
     ]
     cards = [
@@ -187,20 +204,29 @@ def _comparisons(lines: Sequence[Comparison]) -> str:
 
 
 def _tensors(entries: Sequence[Entry]) -> str:
+    spectral = any(e.spectral_error is not None for e in entries)
+    names = ["tensor", "shape", "format", "bits / weight", "bytes", "error", "floor", "captured", "eta"]
+    names += ["spectral error"] if spectral else []
+
+    def cells(e: Entry) -> list[str]:
+        if e.kind == "keep":
+            return ["exact", "", "", "", ""]
+        return [
+            "?" if e.error is None else f"{e.error:.5f}",
+            f"{e.floor:.5f}",
+            "?" if e.captured is None else f"{100 * e.captured:.2f} %",
+            "?" if e.efficiency is None else f"{e.efficiency:.3f}",
+            "?" if e.spectral_error is None else f"{e.spectral_error:.4f}",
+        ]
+
     rows = "".join(
         f"<tr><td class=name>{escape(e.name)}</td><td class=n>{' &times; '.join(map(str, e.shape)) or 'scalar'}</td>"
         f"<td>{escape(e.format)}</td><td class=n>{e.rate:.3f}</td><td class=n>{e.nbytes:,}</td>"
-        + (
-            f"<td class=n>{e.error:.5f}</td><td class=n>{e.floor:.5f}</td></tr>"
-            if e.kind != "keep" and e.error is not None
-            else "<td class=n>exact</td><td></td></tr>"
-            if e.kind == "keep"
-            else f"<td class=n>?</td><td class=n>{e.floor:.5f}</td></tr>"
-        )
+        + "".join(f"<td class=n>{cell}</td>" for cell in cells(e)[: len(names) - 5])
+        + "</tr>"
         for e in entries
     )
-    names = ("tensor", "shape", "format", "bits / weight", "bytes", "error", "floor")
-    table = _table(names, rows, numeric=(1, 3, 4, 5, 6))
+    table = _table(names, rows, numeric=(1, *range(3, len(names))))
     return f"<details><summary>{len(entries)} tensors</summary>{table}</details>"
 
 

@@ -67,6 +67,13 @@ def test_estimated_values_are_within_the_stated_error(pair: tuple[Case, Case]) -
         torch.testing.assert_close(found.values.norm(), exact.norm())
 
 
+def test_a_limit_below_the_leading_values_is_fine() -> None:
+    a = rotated(FALLING[:30] ** -0.5, 50)
+    found = metrics.spectrum(a, full=10)
+    assert found.values.shape == (30,)
+    torch.testing.assert_close(found.values, FALLING[:30] ** -0.5, rtol=0, atol=0.05)
+
+
 def test_estimates_are_the_same_every_time_and_another_with_another_seed() -> None:
     a = MATRICES["gaussian"]()
     state = torch.get_rng_state()

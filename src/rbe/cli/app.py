@@ -222,12 +222,16 @@ def compress(
 def inspect(
     folder: Folder,
     everything: Annotated[bool, typer.Option("--all", help="List the tensors that were left as they are too.")] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="SRC", help="Also compare the singular values with the source's."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a folder holds: every tensor with its rate, bytes, error and the Shannon floor; totals."""
     from rbe.cli import work
 
-    work.inspect(folder, everything, as_json)
+    work.inspect(folder, everything, as_json, against)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rbe import checkpoint, convert, metrics
 from rbe import evaluate as fidelity
 from rbe import profile as measure
-from rbe.cli import show, trial
+from rbe.cli import show, spectra, trial
 from rbe.errors import RbeError
 
 if TYPE_CHECKING:
@@ -133,15 +133,16 @@ def _purpose(name: str) -> str:
     return "biases" if words[-1] == "bias" else "other tensors"
 
 
-def inspect(folder: Path, everything: bool, as_json: bool) -> None:
+def inspect(folder: Path, everything: bool, as_json: bool, source: Path | None = None) -> None:
     """`rbe inspect`."""
     held = holding(folder)
+    kept_of = {} if source is None else spectra.compare_shown(folder, source, as_json)
     if as_json:
         show.machine(
             {
                 "folder": folder,
                 "tensors": [
-                    {**asdict(row), "rate": row.rate, "floor": metrics.shannon_floor(row.rate)}
+                    {**asdict(row), "rate": row.rate, **spectra.figures(row), **spectra.plain(kept_of.get(row.name))}
                     if row.kind != "keep"
                     else asdict(row)
                     for row in held.rows
@@ -166,13 +167,15 @@ def inspect(folder: Path, everything: bool, as_json: bool) -> None:
                 f"{row.rate:.3f}",
                 f"{row.nbytes:,}",
                 ("?" if row.error is None else f"{row.error:.5f}") if seeded else "exact",
-                f"{metrics.shannon_floor(row.rate):.5f}" if seeded else "",
+                *(spectra.columns(row) if seeded else ("", "", "")),
             ]
         )
     if kept and not everything:
         count, nbytes = sum(r.weights for r in kept), sum(r.nbytes for r in kept)
-        rows.append([f"{len(kept)} others, as they were (--all)", f"{count:,}", "", "", f"{nbytes:,}", "exact", ""])
-    columns = ("tensor", "shape", "format", "bits/weight", "bytes", "error", "floor")
+        rows.append(
+            [f"{len(kept)} others, as they were (--all)", f"{count:,}", "", "", f"{nbytes:,}", "exact", "", "", ""]
+        )
+    columns = ("tensor", "shape", "format", "bits/weight", "bytes", "error", *spectra.COLUMNS)
     show.table(str(folder), columns, rows, left=(0, 2))
     show.line("")
     share = ", ".join(f"{name} {100 * b / held.stored:.1f} %" for name, b in held.parts.items())
@@ -181,7 +184,9 @@ def inspect(folder: Path, everything: bool, as_json: bool) -> None:
         f"{metrics.bits_per_weight(held.stored, held.weights):.3f} bits each: {share}"
     )
     show.line(f"{held.ratio:.2f}:1 against float32, {held.ratio / 2:.2f}:1 against float16")
-    show.line("error: squared, relative to the weights; floor: the least that any code of Gaussian weights can reach")
+    show.line(spectra.LEGEND)
+    if kept_of:
+        spectra.show_kept(kept_of, str(source))
 
 
 def verify(folder: Path, source: Path | None, as_json: bool) -> None:
@@ -250,11 +255,12 @@ def _evaluate_tensors(folder: Path, source: Path, as_json: bool) -> None:
     show.line("no model to run here: each matrix was multiplied with the same Gaussian vectors as its source")
 
 
-def entries(held: Holding) -> list["page.Entry"]:
+def entries(held: Holding, kept: dict[str, spectra.Kept] | None = None) -> list["page.Entry"]:
     """The rows of a folder as the report shows them."""
     from rbe import report as page
 
-    return [page.Entry(r.name, r.kind, r.shape, r.format, r.nbytes, r.error) for r in held.rows]
+    spectral = {name: one.spectral_error for name, one in (kept or {}).items()}
+    return [page.Entry(r.name, r.kind, r.shape, r.format, r.nbytes, r.error, spectral.get(r.name)) for r in held.rows]
 
 
 def report(
@@ -271,6 +277,7 @@ def report(
     held = holding(folder)
     lines: list[page.Comparison] = []
     cards: list[tuple[str, str]] = []
+    kept = {} if source is None else spectra.compare_shown(folder, source, as_json)
     facts = [("folder", str(folder)), ("written by", f"rbe report {folder}")]
     if source is not None:
         dense, model = trial.load(source), _load_seeds(folder)
@@ -290,7 +297,7 @@ def report(
     facts += [(name, str(value)) for name, value in trial.machine().items()]
     html = page.render(
         page.Report(
-            trial.name_of(folder), entries(held), held.parts, held.stored, held.weights, lines, (), cards, facts
+            trial.name_of(folder), entries(held, kept), held.parts, held.stored, held.weights, lines, (), cards, facts
         )
     )
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -300,8 +300,9 @@ def _estimate(a: Tensor, seed: int) -> tuple[Tensor, float]:
     columns = a.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        left, leading, right = torch.svd_lowrank(a, q=2 * _LEADING, niter=_ITERATIONS)
-    left, leading, right = left[:, :_LEADING], leading[:_LEADING], right[:, :_LEADING]
+        left, leading, right = torch.svd_lowrank(a, q=min(2 * _LEADING, columns), niter=_ITERATIONS)
+    known = min(_LEADING, columns // 2)
+    left, leading, right = left[:, :known], leading[:known], right[:, :known]
 
     def forward(x: Tensor) -> Tensor:
         return a @ x - left @ (leading * (right.T @ x))
@@ -318,7 +319,7 @@ def _estimate(a: Tensor, seed: int) -> tuple[Tensor, float]:
         probes.append((values, first.square()))
     rest = max(0.0, a.square().sum().item() - leading.square().sum().item())
     whole, one, other = (
-        torch.cat((leading, _quantiles(some, columns - _LEADING, rest))).sort(descending=True).values
+        torch.cat((leading, _quantiles(some, columns - known, rest))).sort(descending=True).values
         for some in (probes, probes[::2], probes[1::2])
     )
     size = whole.norm().item()

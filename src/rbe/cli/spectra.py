@@ -1,0 +1,138 @@
+"""What a seed matrix keeps: energy and efficiency from the index, singular values beside those of the dense source."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rbe import checkpoint, metrics
+from rbe.cli import show
+from rbe.errors import RbeError
+from rbe.matrix import SeedMatrix
+from rbe.source import open_source
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a matrix in seeds keeps of its dense source.
+
+    Attributes:
+        name: of the module.
+        error: squared, relative to the weights.
+        spectral_error: of the sorted singular values, relative.
+        principal: PCR_k, energy in the k largest singular values as a multiple of the source's.
+        k: how many; 16, or all there are.
+        lipschitz: (source, seeds) largest singular values.
+        condition: (source, seeds) largest over smallest; None where singular values were estimated.
+        uncertainty: what `spectral_error` may be off by; 0 where all is exact.
+    """
+
+    name: str
+    error: float
+    spectral_error: float
+    principal: float
+    k: int
+    lipschitz: tuple[float, float]
+    condition: tuple[float, float] | None
+    uncertainty: float
+
+
+def compare(folder: Path, source: Path, progress: Callable[[float, float, str], None] | None = None) -> dict[str, Kept]:
+    """By module name, every seed matrix of a folder beside the weight it stands for.
+
+    Raises:
+        RbeError: a matrix is missing in the source, or has another shape there.
+    """
+    opened = checkpoint.open_tensors(folder)
+    dense = open_source(source).tensors
+    specs = checkpoint.specs(opened.config)
+    found: dict[str, Kept] = {}
+    for number, (module, (spec, entry)) in enumerate(specs.items()):
+        if progress is not None:
+            progress(number, len(specs), module)
+        stored, sides = dense.get(checkpoint.weight_name(module, entry)), checkpoint.weight_sides(spec, entry)
+        if stored is None or stored.shape != sides:
+            raise RbeError(f"{source} has no {'x'.join(map(str, sides))} weight {module}; is it the source?")
+        weight = checkpoint.as_matrix(stored.read(copy=False).float(), spec, entry["transposed"])
+        found[module] = _kept(module, opened.matrix(module), weight)
+    return found
+
+
+def _kept(name: str, matrix: SeedMatrix, weight: Tensor) -> Kept:
+    decoded = matrix.decode()
+    ours, wanted = metrics.spectrum(decoded), metrics.spectrum(weight)
+    exact = ours.error == wanted.error == 0.0
+    k = min(16, len(wanted.values))
+    return Kept(
+        name=name,
+        error=metrics.relative_squared_error(decoded, weight),
+        spectral_error=metrics.spectral_error(ours, wanted),
+        principal=metrics.principal_ratio(ours, wanted, k),
+        k=k,
+        lipschitz=(wanted.values[0].item(), ours.values[0].item())
+        if exact
+        else (metrics.lipschitz(weight), metrics.lipschitz(decoded)),
+        condition=(wanted.condition, ours.condition) if exact else None,
+        uncertainty=ours.error + wanted.error,
+    )
+
+
+def compare_shown(folder: Path, source: Path, silent: bool) -> dict[str, Kept]:
+    """`compare` with its progress on standard error."""
+    with show.Steps("singular values", "matrices", silent=silent) as steps:
+        return compare(folder, source, steps)
+
+
+def plain(kept: Kept | None) -> dict[str, Any]:
+    """What is known of a matrix beside its source, for machines; nothing where there was none."""
+    return {} if kept is None else {"spectrum": asdict(kept)}
+
+
+COLUMNS = ("floor", "captured", "eta")
+LEGEND = (
+    "error: squared, relative to the weights; floor: the least that any code of Gaussian weights can reach; "
+    "captured: energy kept, 1 - error; eta: rate that the error needs at least, of the rate that is stored"
+)
+
+
+def figures(row: checkpoint.Row) -> dict[str, float | None]:
+    """Floor, captured energy and efficiency of a seed matrix, at the stored rate; None where the error is not known."""
+    return {
+        "floor": metrics.shannon_floor(row.rate),
+        "captured_energy": row.captured,
+        "efficiency": None if row.error is None else metrics.efficiency(row.error, row.rate),
+    }
+
+
+def columns(row: checkpoint.Row) -> tuple[str, str, str]:
+    """The same, for people."""
+    found = figures(row)
+    captured, eta = found["captured_energy"], found["efficiency"]
+    return (
+        f"{found['floor']:.5f}",
+        "?" if captured is None else f"{100 * captured:.2f} %",
+        "?" if eta is None else f"{eta:.3f}",
+    )
+
+
+def show_kept(found: dict[str, Kept], source: str) -> None:
+    """The table of `inspect --against`."""
+    rows = [
+        [
+            one.name,
+            f"{one.spectral_error:.4f}" + (f" +-{one.uncertainty:.3f}" if one.uncertainty else ""),
+            f"{one.principal:.4f}",
+            " -> ".join(f"{v:.4g}" for v in one.lipschitz),
+            "" if one.condition is None else " -> ".join(f"{v:.4g}" for v in one.condition),
+        ]
+        for one in found.values()
+    ]
+    names = ("tensor", "spectral error", "PCR_16", "Lipschitz constant", "condition")
+    show.line("")
+    show.table(f"singular values beside {source}", names, rows)
+    show.line(
+        "spectral error: of the sorted singular values; PCR_16: energy in the 16 largest, over the source's; "
+        "then the largest one, and largest over smallest, source -> seeds"
+    )
