@@ -84,8 +84,7 @@ def encode_disk(
     energies = None
     if scales is not None:
         energies = cut(scales.double().square()[:, None].expand(x.shape), spec).values
-    report = _Report(blocks, progress)
-    seeds, sums = _fit(blocks, energies, EFFORTS[effort], threads or default_threads(), report)
+    seeds, sums = fit(blocks, effort, energies, threads, progress)
     xx, xc, cc = (math.fsum(column) for column in sums.T.tolist())
     scale = torch.tensor(math.ldexp(xc / cc if cc > 0 else 0.0, exponent), dtype=torch.float32)
     found = math.ldexp(scale.item(), -exponent)
@@ -128,10 +127,31 @@ def _again(blocks: Blocks, atoms: Atoms, scale: float, effort: Effort, threads: 
     return atoms, max(scale, needed_scale(atoms, "radial"))
 
 
+def fit(
+    blocks: Blocks,
+    effort: str = "balanced",
+    energies: Tensor | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Seeds of blocks, not all 0, and the sums of x x, x c and c c over each: c is its unscaled weights.
+
+    Args:
+        blocks: what to approximate.
+        effort: "fast", "balanced" or "best".
+        energies: (blocks, cells), multiplies the sums only.
+        threads: default: torch's; the result does not depend on it.
+        progress: called with weights done and weights in all.
+
+    Returns:
+        seeds int64 (blocks, words), sums float64 (blocks, 3).
+    """
+    return _fit(blocks, energies, EFFORTS[effort], threads or default_threads(), _Report(blocks, progress))
+
+
 def _fit(
     blocks: Blocks, energies: Tensor | None, effort: Effort, threads: int, report: _Report
 ) -> tuple[Tensor, Tensor]:
-    """Seeds of all blocks, and the sums (blocks, 3)."""
     spec, step = blocks.spec, _step(blocks.spec)
 
     def pack(part: slice, code: Tensor, radius: Tensor, angle: Tensor) -> Packed:
