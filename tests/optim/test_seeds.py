@@ -1,6 +1,7 @@
 """Ordinary optimizers train open seeds: gradients treated as stated, seeds kept in the disk, accumulation exact."""
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -127,6 +128,18 @@ def test_gradients_are_afterwards_what_backward_left() -> None:
         assert p.grad is kept[name] and torch.equal(p.grad, values[name])
 
 
+def test_gradients_are_freed_with_zero_grad() -> None:
+    module = layer()
+    optimizer = torch.optim.SGD(optim.groups(module), lr=0.1)
+    optim.guard(optimizer, module)
+    module(torch.randn(4, 40)).sum().backward()
+    optimizer.step()
+    assert module.radius.grad is not None
+    kept = weakref.ref(module.radius.grad)
+    optimizer.zero_grad()
+    assert kept() is None
+
+
 @pytest.mark.parametrize("format", ["packed64", "packed128"])
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
 def test_seeds_stay_in_the_disk_under_wild_steps(format: str, make: Callable[..., torch.optim.Optimizer]) -> None:
@@ -150,6 +163,8 @@ def test_wrap_keeps_every_cosine() -> None:
     assert bool(((wrapped >= -10 * math.pi) & (wrapped < 10 * math.pi)).all())
     for k in (1, 2, 31):
         torch.testing.assert_close((k * wrapped).cos(), (k * angle).cos(), atol=1e-11, rtol=0)
+    # By whole multiples of 20 pi and no other.
+    assert optim.wrap(torch.tensor([35.0, -35.0])).tolist() == pytest.approx([35 - 20 * math.pi, 20 * math.pi - 35])
     inner = angle[angle.abs() < 31]
     assert torch.equal(optim.wrap(inner), inner)
 
