@@ -46,13 +46,13 @@ def table_head(*cells: object) -> None:
 def check() -> None:
     """Every tier on this machine against float64, with the bound that the tests use."""
     matrix = random_matrix((384, 384))
-    dense = reference.decode(matrix.spec, matrix.tensors.seeds, matrix.tensors.scale, None, torch.float64)
+    dense = reference.decode(matrix.spec, *matrix.tensors[:3], torch.float64)
     for name in filter(cpu.tier_available, ("portable", "avx2", "avx512", "amx")):
         cpu.set_tier(name)
         for batch in BATCHES:
             x = torch.randn(batch, 384)
             exact = x.double() @ dense.T
-            naive = (reference.seed_matmul(x, matrix.spec, matrix.tensors.seeds, matrix.tensors.scale, None) - exact).abs().max()
+            naive = (reference.seed_matmul(x, matrix.spec, *matrix.tensors[:3]) - exact).abs().max()
             assert (matrix.matmul(x) - exact).abs().max() <= 2 * naive, (name, batch)
             error = float((matrix.matmul(x, "int8") - exact).norm() / exact.norm())
             assert error < 0.012, (name, batch, error)
@@ -144,7 +144,7 @@ def overhead() -> None:
     for shape in ((384, 384), (1536, 384), (384, 1536)):
         matrix, dense = random_matrix(shape), torch.randn(shape)
         x, y = torch.randn(1, shape[1]), torch.empty(1, shape[0])
-        native = cpu.native(matrix.spec, matrix.tensors.seeds, matrix.tensors.scale, None)
+        native = cpu.native(matrix.spec, *matrix.tensors[:3])
         sides = {
             "kernel": lambda _, m=native, x=x, y=y: m.matmul(x.data_ptr(), 1, y.data_ptr(), 1, False),
             "eager": lambda _, m=matrix, x=x: m.matmul(x),

@@ -1,0 +1,147 @@
+"""Products with packed64 and packed128 matrices, forward and backward, against torch's dense ones.
+
+    python -m benchmarks.packed
+
+Checks every product and every gradient against float64 first. Then the sides take turns within one run, medians of
+several. Dense matrices are cycled over more copies than the last-level cache holds.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels import CYCLE, clock, medians, table_head, table_row
+from rbe import kernels
+from rbe.formats import make_spec
+from rbe.kernels import Tensors, bands, cpu, ops, packed
+from rbe.kernels.reference import Definition
+
+SIDE = 4096
+BATCHES = (1, 4, 32, 128)
+KINDS: dict[str, dict[str, Any]] = {
+    "packed64": {"format": "packed64"},
+    "packed128 faithful": {"format": "packed128", "mode": "faithful"},
+    "packed128 radial": {"format": "packed128", "mode": "radial"},
+}
+# Generated and multiplied, one thread, batch 1, 10^9 weights a second.
+TARGETS = {"packed64": 10, "packed128 faithful": 6, "packed128 radial": 3}
+
+
+def random_matrix(name: str, side: int) -> packed.Packed:
+    spec = make_spec(shape=(side, side), **KINDS[name])
+    code = torch.randint(-(2**63), 2**63 - 1, (spec.blocks, 0 if spec.format == "packed64" else 1))
+    tensors = Tensors(code, torch.tensor(0.01), None, 0.9 * torch.rand(spec.blocks, 1), torch.rand(spec.blocks, 1) * 6)
+    source = ops.source(spec, tensors)
+    assert isinstance(source, packed.Packed)
+    return source
+
+
+def backward(source: packed.Packed, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    d_x, gradients = packed.backward(source, x, y, True)
+    assert d_x is not None and gradients is not None
+    return d_x, *gradients
+
+
+def check() -> None:
+    """Every tier on this machine, at most twice the error of the same computation in plain float32."""
+    for name in KINDS:
+        source = random_matrix(name, 256)
+        exact, naive = (Definition(source.spec, source.tensors, dtype) for dtype in (torch.float64, torch.float32))
+        for tier in filter(cpu.tier_available, ("portable", "avx2", "avx512")):
+            cpu.set_tier(tier)
+            for batch in BATCHES:
+                x, y = torch.randn(batch, 256), torch.randn(batch, 256)
+                sides = [
+                    (bands.matmul(s, a), bands.matmul_transposed(s, b), *bands.gradient(s, a, b)[:2])
+                    for s, a, b in ((naive, x, y), (exact, x.double(), y.double()))
+                ]
+                mine = (packed.matmul(source, x), *backward(source, x, y)[:3])
+                for ours, plain, right in zip(mine, *sides, strict=True):
+                    allowed = 2 * (plain.double() - right).norm() + 1e-6 * right.norm()
+                    assert (ours.double() - right).norm() <= allowed, (name, tier, batch)
+    cpu.set_tier("")
+    print("Checked against float64 on every tier: products, and derivatives by x, radius and angle.")
+
+
+def dense_sides(copies: int) -> dict[str, Callable[[int, Tensor, Tensor], object]]:
+    weights = [torch.randn(SIDE, SIDE) for _ in range(copies)]
+
+    def forward(k: int, x: Tensor, _: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weights[k % copies])
+
+    def back(k: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return y @ weights[k % copies], y.T @ x
+
+    return {"dense": forward, "dense backward": back}
+
+
+def compare(threads: int) -> None:
+    torch.set_num_threads(threads)
+    print(f"\n{SIDE}x{SIDE}, blocks of 16, {threads} thread(s), tier {kernels.tier()}; milliseconds.")
+    ratios = ("dense / ours", "dense / ours, backward", "backward / forward", "G weights/s a thread, forward")
+    table_head("format", "batch", "dense", "ours", "dense backward", "ours backward", *ratios)
+    copies = max(2, min(8, CYCLE // (4 * SIDE * SIDE)))
+    dense = dense_sides(copies)
+    for name in KINDS:
+        sources = [random_matrix(name, SIDE) for _ in range(copies)]
+        for batch in BATCHES:
+            x, y = torch.randn(batch, SIDE), torch.randn(batch, SIDE)
+            sides: dict[str, Callable[[int], object]] = {
+                "dense": lambda k, x=x, y=y: dense["dense"](k, x, y),
+                "ours": lambda k, x=x, s=sources: packed.matmul(s[k % copies], x),
+                "dense backward": lambda k, x=x, y=y: dense["dense backward"](k, x, y),
+                "ours backward": lambda k, x=x, y=y, s=sources: backward(s[k % copies], x, y),
+            }
+            t = medians(sides, 15)
+            table_row(
+                name,
+                batch,
+                *(f"{1e3 * seconds:.2f}" for seconds in t.values()),
+                f"{t['dense'] / t['ours']:.2f}",
+                f"{t['dense backward'] / t['ours backward']:.2f}",
+                f"{t['ours backward'] / t['ours']:.2f}",
+                f"{SIDE * SIDE / t['ours'] / 1e9 / threads:.1f}",
+            )
+
+
+def limits() -> None:
+    """One thread, batch 1 and 32: rates, targets, and the share of what the vector ports can do."""
+    torch.set_num_threads(1)
+    print("\nOne thread. A multiply-add handles 16 weights of a dense product; two can start a cycle.")
+    table_head(
+        "format",
+        "G weights/s, batch 1",
+        "target",
+        "of two dense multiply-adds a cycle, batch 32",
+        "decode, G weights/s",
+    )
+    for name, target in TARGETS.items():
+        source = random_matrix(name, SIDE)
+        one, many, out = torch.randn(1, SIDE), torch.randn(32, SIDE), torch.empty(SIDE, SIDE)
+        sides: dict[str, Callable[[int], object]] = {
+            "one": lambda _, s=source, x=one: packed.matmul(s, x),
+            "many": lambda _, s=source, x=many: packed.matmul(s, x),
+            "decode": lambda _, s=source, w=out: s.native.decode(0, SIDE, w.data_ptr(), 1),
+        }
+        t = medians(sides, 25)
+        share = 32 * SIDE * SIDE / 16 / 2 / t["many"] / clock()
+        rates = [SIDE * SIDE / t[side] / 1e9 for side in ("one", "decode")]
+        table_row(name, f"{rates[0]:.1f}", target, f"{100 * share:.0f} %", f"{rates[1]:.1f}")
+
+
+@torch.inference_mode()
+def main() -> None:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    check()
+    compare(1)
+    if threads > 1:
+        compare(threads)
+    limits()
+    torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    main()
