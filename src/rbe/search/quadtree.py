@@ -6,7 +6,7 @@ The matrix is cut into large blocks of one seed each. A block with a cell whose 
 
 is split into four, down to the smallest edge. All blocks of a level are fitted at once.
 
-Source: 001 section 8.7.1; reading 46 of the sources: a seed of a whole matrix cannot be refined locally, its blocks can.
+Source: 001 section 8.7.1; reading 46 of the sources: a seed of a whole matrix cannot be refined locally, blocks can.
 """
 
 import math

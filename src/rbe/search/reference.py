@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rbe import disk
 from rbe.errors import RbeError
-from rbe.search.refine import Fit, Problem, Stop, levenberg_marquardt
+from rbe.search.refine import Fit, Problem, Stop, levenberg_marquardt, through_origin
 
 # The first level of the grid, as printed.
 COARSE_RADII = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -83,8 +83,8 @@ def gradient_descent(problem: Problem, radius: Tensor, angle: Tensor, stop: Stop
             break
         d_radius, d_angle = problem.gradient(radius, angle)
         down, around = disk.polar_gradient(radius, d_radius, d_angle, least_radius=0.01)
-        there = (radius - size[:, None] * down).clamp(0.0, problem.most)
-        turned = angle - size[:, None] * around
+        there, turned = through_origin(radius - size[:, None] * down, angle - size[:, None] * around)
+        there = there.clamp_max(problem.most)
         value = problem.loss(there, turned)
         slope = (down * d_radius + around * d_angle).sum(1)
         better = (value < loss - 1e-4 * size * slope) & ~converged

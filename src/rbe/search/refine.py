@@ -153,6 +153,15 @@ def _allowed(problem: Problem, radius: Tensor, stop: Stop) -> Tensor:
     return (condition(radius, problem.spec) <= stop.condition).all(1)
 
 
+def through_origin(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Points whose radius a step has made negative: they have gone straight through the origin to the other side.
+
+    >>> [round(v.item(), 6) for v in through_origin(torch.tensor(-0.5), torch.tensor(0.0))]
+    [0.5, 3.141593]
+    """
+    return radius.abs(), torch.where(radius < 0, angle + torch.pi, angle)
+
+
 class _Rim:
     """r = s / (1 + epsilon s) and back."""
 
@@ -213,7 +222,8 @@ def levenberg_marquardt(problem: Problem, radius: Tensor, angle: Tensor, stop: S
         extra = (damping[live, None] + 1e-12) * largest * metric
         step = torch.linalg.solve(matrix + torch.diag_embed(extra), pull[..., None])[..., 0]
         d_s, d_angle = step.chunk(2, 1)
-        there, turned = rim.inside(here + d_s), turn + d_angle
+        there, turned = through_origin(here + d_s, turn + d_angle)
+        there = rim.inside(there)
         value = now.loss(rim.radius(there), turned)
         better = (value < loss[live]) & _allowed(now, rim.radius(there), stop)
         change = loss[live] - value
@@ -228,7 +238,7 @@ def levenberg_marquardt(problem: Problem, radius: Tensor, angle: Tensor, stop: S
 
 
 def riemannian_adam(
-    problem: Problem, radius: Tensor, angle: Tensor, stop: Stop | None = None, rate: float = 0.05
+    problem: Problem, radius: Tensor, angle: Tensor, stop: Stop | None = None, rate: float = 0.1
 ) -> Fit:
     """Refine points by Adam on the disk; the best point on the way is kept, so the loss never grows.
 
@@ -255,16 +265,17 @@ def riemannian_adam(
         d_radius, d_angle = problem.gradient(rim.radius(s), turn)
         d_radius = d_radius * rim.slope(s)
         converged |= _length(s, d_radius, d_angle) < stop.gradient
-        inverse = (disk.radial_gap(s) / 2).square()
+        # Components in a frame of hyperbolic unit length, in which the momentum is carried along.
+        unit = disk.radial_gap(s) / 2
         around = d_angle / s.clamp_min(0.01)
         cos, sin = torch.cos(turn), torch.sin(turn)
         plane = torch.stack([d_radius * cos - around * sin, d_radius * sin + around * cos], -1)
-        gradient = plane * inverse[..., None]
+        gradient = plane * unit[..., None]
         momentum = 0.9 * momentum + 0.1 * gradient
-        second = 0.99 * second + 0.01 * inverse * plane.square().sum(-1)
+        second = 0.99 * second + 0.01 * gradient.square().sum(-1)
         size = (second / (1 - 0.99**k)).sqrt() + 1e-12
         fall = rate * 0.5 * (1.0 + torch.cos(torch.tensor(torch.pi * k / (stop.steps + 1)))).item()
-        step = -fall * momentum / (1 - 0.9**k) / size[..., None]
+        step = -fall * momentum / (1 - 0.9**k) * (unit / size)[..., None]
         moved = disk.exp(disk.to_cartesian(s, turn), step)
         there, turned = disk.to_polar(moved)
         there = rim.inside(there)
