@@ -8,7 +8,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
 
-LAYERS = ["errors", "shards", "mixing", "disk", "rotation", "formats", "kernels", "matrix", "search", "nn", "optim"]
+LAYERS = ["errors", "shards", "mixing", "disk", "rotation", "formats", "kernels", "outliers", "matrix", "search", "nn", "optim"]
 LAYERS += ["metrics", "calibrate", "allocate", "source", "checkpoint", "compress", "convert", "profile"]
 LAYERS += ["evaluate", "sampling"]
 LEAVES = ["hf", "report", "model", "cli"]

@@ -10,11 +10,14 @@ from rbe import formats
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.nn.swap import Site, matches
+from rbe.outliers import BYTES
 from rbe.shards import FLOATS, SIZES
 
 Kind = Literal["linear", "embedding", "conv", "recurrent", "keep"]
 # Padding to whole blocks can eat the gain of a thin matrix; one that shrinks by less than this is kept, exactly.
 LEAST_GAIN = 2
+# Every outlier takes 48 bits.
+MOST_OUTLIERS = 0.25
 _EMBEDDING_WORDS = ("emb", "wte", "wpe")
 
 
@@ -31,6 +34,7 @@ class Entry:
         row_scale: a float16 factor per row is stored too.
         transposed: the source stores (in, out), so the seeds hold its transpose.
         reason: why it is kept.
+        outliers: how many single weights, the largest, are kept beside the seeds.
         stored: False where the folder needs no copy: it is tied to a tensor that is there, or models ignore it.
     """
 
@@ -43,6 +47,7 @@ class Entry:
     transposed: bool = False
     reason: str = ""
     stored: bool = True
+    outliers: int = 0
 
     @property
     def module(self) -> str:
@@ -67,14 +72,14 @@ class Entry:
         """Bytes that will be stored, file headers apart."""
         if not self.stored:
             return 0
-        return self.source_bytes if self.spec is None else seed_bytes(self.spec, self.row_scale)
+        return self.source_bytes if self.spec is None else seed_bytes(self.spec, self.row_scale, self.outliers)
 
     @property
     def format(self) -> str:
         """Format and rate, for tables."""
         if self.spec is None:
             return self.dtype if self.stored else "-"
-        return label(self.spec)
+        return label(self.spec, self.outliers / self.weights)
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that survives JSON."""
@@ -167,31 +172,36 @@ class Plan:
             raise RbeError(f"plan: this is no plan ({cause}); the file is damaged or newer") from cause
 
 
-def label(spec: SeedSpec) -> str:
+def label(spec: SeedSpec, outliers: float = 0.0) -> str:
     """Format and rate in a few words, for tables.
 
     >>> label(formats.make_spec("trellis", (64, 64), bits=1.5))
     'trellis 1.5 bit'
     >>> label(formats.make_spec("packed128", (64, 64), stages=2))
     'packed128 radial 16x16 x2, 1 bit'
+
+    Args:
+        outliers: share of the weights that is kept beside the seeds.
     """
+    more = f" + {100 * outliers:.2g} %" if outliers else ""
     if not formats.is_disk(spec.format):
-        return f"{spec.format} {spec.bits:g} bit"
+        return f"{spec.format} {spec.bits:g} bit{more}"
     words = [spec.format]
     words += [spec.mode] if spec.mode else []
     words += [f"Q0.{spec.precision}"] if spec.format == "packed64" and spec.precision != 32 else []
     words += ["whole" if spec.block is None else f"{spec.block}x{spec.block}"]
     words += [f"x{spec.stages}"] if spec.stages > 1 else []
-    return f"{' '.join(words)}, {spec.bits:.3g} bit"
+    return f"{' '.join(words)}, {spec.bits:.3g} bit{more}"
 
 
-def seed_bytes(spec: SeedSpec, row_scale: bool = False) -> int:
-    """Bytes of the stored tensors of a seed matrix: seeds, scale and row scales.
+def seed_bytes(spec: SeedSpec, row_scale: bool = False, outliers: int = 0) -> int:
+    """Bytes of the stored tensors of a seed matrix: seeds, scale, row scales and outliers.
 
     >>> seed_bytes(SeedSpec("trellis", (40, 33), bits=2.0))
     580
     """
-    return 8 * formats.get(spec.format).words(spec) * spec.blocks + 4 + (2 * spec.shape[0] if row_scale else 0)
+    seeds = 8 * formats.get(spec.format).words(spec) * spec.blocks
+    return seeds + 4 + (2 * spec.shape[0] if row_scale else 0) + BYTES * outliers
 
 
 def make_plan(
@@ -207,6 +217,7 @@ def make_plan(
     mode: str | None = None,
     precision: int = 32,
     stages: int = 1,
+    outliers: float = 0.0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     tied: Mapping[str, str] | None = None,
@@ -223,6 +234,7 @@ def make_plan(
         embeddings_bits: rate of embeddings, and of heads tied to them; None is `bits`, 0 keeps them as they are.
         rates: shell patterns of tensor or module names, with the rate of what they fit; of several, the last one.
         format, block, window, mode, precision, stages: of all seeds, as in `SeedSpec`.
+        outliers: share of every matrix, its largest weights, that is kept beside the seeds as float16 with positions.
         include: shell patterns of tensor or module names; when given, everything else is kept.
         exclude: shell patterns of tensor or module names that are kept.
         tied: tensors that need not be stored, with the tensor that holds the same.
@@ -235,6 +247,8 @@ def make_plan(
     _check_patterns(tensors, include, exclude, list(rates))
     form: Form = {"format": format, "block": block, "mode": mode, "precision": precision, "stages": stages}
     window = 16 if formats.is_disk(format) else window
+    if not 0.0 <= outliers <= MOST_OUTLIERS:
+        raise RbeError(f"outliers: {outliers} is no share of the weights from 0 to {MOST_OUTLIERS}; try 0.005")
     rate_of = _rates(form, window, bits, embeddings_bits, rates)
     entries = []
     for name, (sides, dtype) in tensors.items():
@@ -253,7 +267,10 @@ def make_plan(
             reason = "embeddings are kept" if site.kind == "embedding" else "its rate is 0"
         if not reason and site.kind != "keep":
             spec = formats.make_spec(shape=site.shape, bits=rate, window=window, **form)
-            entry = Entry(name, site.kind, shape, dtype, spec, site.kind == "embedding", site.transposed)
+            count = round(outliers * spec.shape[0] * spec.shape[1])
+            entry = Entry(
+                name, site.kind, shape, dtype, spec, site.kind == "embedding", site.transposed, outliers=count
+            )
             if LEAST_GAIN * entry.nbytes <= entry.source_bytes:
                 entries.append(entry)
                 continue

@@ -14,6 +14,7 @@ from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.matrix import SeedMatrix
 from rbe.nn import Seeded, swap
+from rbe.outliers import Outliers
 from rbe.search.viterbi import EFFORTS
 from rbe.shards import dtype_name
 
@@ -26,6 +27,7 @@ def plan_model(
     exclude: Sequence[str] = (),
     embeddings_bits: float | None = None,
     rates: Mapping[str, float] | None = None,
+    outliers: float = 0.0,
     **form: Unpack[Form],
 ) -> tuple[Plan, dict[str, swap.Site]]:
     """What `compress_` would do, and the layers it would do it to; the model may be on the meta device.
@@ -69,6 +71,7 @@ def plan_model(
         include=include,
         exclude=exclude,
         tied=tied,
+        outliers=outliers,
         **form,
     )
     by_name = {site.tensor: site for site in sites}
@@ -88,8 +91,9 @@ def encode_entry(
     assert entry.spec is not None, f"{entry.name} is kept"
     # The rows of an embedding are generated one by one, so they must not be mixed.
     rotate = "in" if entry.kind == "embedding" else True
-    return search.encode(
-        weight,
+    outliers = Outliers.largest(weight, entry.outliers) if entry.outliers else None
+    matrix = search.encode(
+        weight if outliers is None else outliers.taken_from(weight),
         effort=effort,
         row_scale=entry.row_scale,
         seed=seed,
@@ -97,6 +101,7 @@ def encode_entry(
         progress=progress,
         **_options(entry.spec, rotate),
     )
+    return matrix if outliers is None else replace(matrix, outliers=outliers)
 
 
 def _options(spec: SeedSpec, rotate: bool | str) -> dict[str, Any]:
@@ -124,6 +129,7 @@ def compress_(
     mode: str | None = None,
     precision: int = 32,
     stages: int = 1,
+    outliers: float = 0.0,
 ) -> Plan:
     """Replace the linear and embedding layers of a model, in place, by layers that hold seeds.
 
@@ -144,6 +150,7 @@ def compress_(
         progress: called with (weights done, weights in all).
         threads: of the encoder; None is torch's number.
         format, block, mode, precision, stages: of all seeds, as in `SeedSpec`.
+        outliers: share of every matrix, its largest weights, that is kept beside the seeds, for instance 0.005.
 
     Returns:
         the plan that was carried out; printing it shows every tensor, and why one was kept.
@@ -153,7 +160,7 @@ def compress_(
             is then as it was: layers are exchanged only when every weight has been encoded.
     """
     form: Form = {"format": format, "block": block, "mode": mode, "precision": precision, "stages": stages}
-    plan, sites = plan_model(model, bits, effort, include, exclude, embeddings_bits, rates, **form)
+    plan, sites = plan_model(model, bits, effort, include, exclude, embeddings_bits, rates, outliers, **form)
     total = sum(entry.weights for entry in plan.seeded)
     done = 0
     encoded = []

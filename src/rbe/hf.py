@@ -50,6 +50,7 @@ class RbeConfig(QuantizationConfigMixin):
         embeddings_bits: rate of embeddings and of heads tied to them; None is `bits`, 0 keeps them dense.
         rates: shell patterns of module paths, with the rate of what they fit (encoding only).
         format, block, mode, precision, stages: of all seeds, as in `SeedSpec` (encoding only).
+        outliers: share of the weights, the largest ones, that is kept beside the seeds (encoding only).
         modules: what each seed layer of the file is; written by the library.
         format_version: of the seeds; written by the library.
 
@@ -70,6 +71,7 @@ class RbeConfig(QuantizationConfigMixin):
         mode: str | None = None,
         precision: int = 32,
         stages: int = 1,
+        outliers: float = 0.0,
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         **more: Any,
@@ -87,6 +89,7 @@ class RbeConfig(QuantizationConfigMixin):
         self.exclude = list(exclude)
         self.embeddings_bits = embeddings_bits
         self.rates = dict(rates or {})
+        self.outliers = outliers
         self.format, self.block, self.mode, self.precision, self.stages = format, block, mode, precision, stages
         self.modules = dict(modules or {})
         more.pop("quant_method", None)
@@ -163,6 +166,7 @@ class RbeQuantizer(HfQuantizer):
             config.exclude,
             config.embeddings_bits,
             config.rates,
+            config.outliers,
             format=config.format,
             block=config.block,
             mode=config.mode,
@@ -198,7 +202,7 @@ class RbeQuantizer(HfQuantizer):
         matrix = encode_entry(
             entry, checkpoint.as_matrix(weight, entry.spec, site.transposed), self.quantization_config.effort
         )
-        swap.place(model, site, matrix.spec, matrix.row_scale is not None)
+        swap.place(model, site, matrix.spec, matrix.row_scale is not None, entry.outliers)
         return {f"{site.module}.{key}": value for key, value in matrix.to_tensors().items()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -257,6 +261,7 @@ def _place(model: nn.Module, modules: dict[str, dict[str, Any]], stored: set[str
             with_values(site, module=path, shared=shared),
             SeedSpec.from_json(entry["spec"]),
             bool(entry.get("row_scale", False)),
+            int(entry.get("outliers", 0)),
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from rbe import formats, kernels
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
+from rbe.outliers import Outliers
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,7 @@ class SeedMatrix:
         seeds: int64 (blocks, words), blocks in row-major order of the block grid.
         scale: float32, 0-d, multiplies every weight.
         row_scale: float16 (rows,) or None, multiplies every row.
+        outliers: single weights that are added to what the seeds make, or None.
 
     Source: design sections 3 and 5.
     """
@@ -34,6 +36,7 @@ class SeedMatrix:
     seeds: Tensor
     scale: Tensor
     row_scale: Tensor | None = None
+    outliers: Outliers | None = None
 
     def __post_init__(self) -> None:
         definition = formats.get(self.spec.format)
@@ -118,12 +121,18 @@ class SeedMatrix:
         missing = {"seeds", "scale"} - set(tensors)
         if missing:
             raise RbeError(f"from_tensors: {sorted(missing)} missing among {sorted(tensors)}; the file is incomplete")
-        return cls(spec, tensors["seeds"], tensors["scale"], tensors.get("row_scale"))
+        outliers = None
+        if "outlier_index" in tensors:
+            outliers = Outliers(spec.shape, tensors["outlier_index"], tensors["outlier_values"])
+        return cls(spec, tensors["seeds"], tensors["scale"], tensors.get("row_scale"), outliers)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """The stored tensors by name: seeds, scale and, where there is one, row_scale."""
+        """The stored tensors by name: seeds, scale and, where there are some, row_scale and those of the outliers."""
         tensors = {"seeds": self.seeds, "scale": self.scale}
-        return tensors if self.row_scale is None else {**tensors, "row_scale": self.row_scale}
+        tensors |= {} if self.row_scale is None else {"row_scale": self.row_scale}
+        if self.outliers is not None:
+            tensors |= {"outlier_index": self.outliers.index, "outlier_values": self.outliers.values}
+        return tensors
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -147,7 +156,8 @@ class SeedMatrix:
 
     def decode(self) -> Tensor:
         """The dense matrix, float32 (rows, columns), rotations undone."""
-        return kernels.decode(self.spec, self.seeds, self.scale, self.row_scale)
+        dense = kernels.decode(self.spec, self.seeds, self.scale, self.row_scale)
+        return dense if self.outliers is None else self.outliers.add_to(dense)
 
     def rows(self, index: Tensor) -> Tensor:
         """Single rows, float32 (*index.shape, columns), without generating the others.
@@ -155,7 +165,8 @@ class SeedMatrix:
         Raises:
             RbeError: an index is out of range, or the output side is rotated so that no row stands alone.
         """
-        return self._ready.rows(index)
+        rows = self._ready.rows(index)
+        return rows if self.outliers is None else self.outliers.add_to_rows(rows, index)
 
     def matmul(self, x: Tensor, activations: str = "float32") -> Tensor:
         """The product with x (..., columns): (..., rows) in x's dtype.
@@ -167,4 +178,5 @@ class SeedMatrix:
         Raises:
             RbeError: x has the wrong width or dtype.
         """
-        return self._ready.matmul(x, activations)
+        y = self._ready.matmul(x, activations)
+        return y if self.outliers is None else (y + self.outliers.product(x)).to(y.dtype)

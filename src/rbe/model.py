@@ -233,10 +233,12 @@ def _fill(model: nn.Module, found: Folder) -> None:
         shared = tuple(entry.get("tied", ()))
         if path in held:
             swap.shut(held[path])
+            swap.room_for_outliers(held[path], entry.get("outliers", 0))
         elif entry["kind"] == "vector":
             swap.place_vector(model, path, spec)
         else:
-            swap.place(model, replace(sites[path], module=path, shared=shared), spec, entry["row_scale"])
+            site = replace(sites[path], module=path, shared=shared)
+            swap.place(model, site, spec, entry["row_scale"], entry.get("outliers", 0))
     model.load_state_dict(state, assign=True)
     # Assigning gives every name a parameter of its own; what was one must be one again.
     for name, source in about.get(_SAME, {}).items():
@@ -286,6 +288,6 @@ def _names_after(model: nn.Module, entries: dict[str, tuple[SeedSpec, dict[str, 
             names.discard(f"{other}.weight")
             names.difference_update(f"{other}.{name}" for name in ("code", "radius", "angle", "scale"))
             if other == path or modules.get(other) is owner:
-                names.update(checkpoint.expected(other, spec, entry["row_scale"]))
+                names.update(checkpoint.expected(other, spec, entry["row_scale"], entry.get("outliers", 0)))
         names.discard(checkpoint.weight_name(path, entry))
     return names

@@ -105,11 +105,12 @@ def inspect(dst: Path) -> list[Row]:
     rows = []
     seen: set[str] = set()
     for module, (spec, entry) in specs(folder.config).items():
-        names = expected(module, spec, entry["row_scale"])
+        names = expected(module, spec, entry["row_scale"], entry.get("outliers", 0))
         seen.update(names)
         nbytes = sum(folder.tensors[name].nbytes for name in names)
         error = folder.about["errors"].get(module)
-        rows.append(Row(module, entry["kind"], spec.shape, label(spec), spec.bits, nbytes, error, spec))
+        form = label(spec, entry.get("outliers", 0) / math.prod(spec.shape))
+        rows.append(Row(module, entry["kind"], spec.shape, form, spec.bits, nbytes, error, spec))
     for name, tensor in folder.tensors.items():
         if name not in seen:
             rows.append(Row(name, "keep", tensor.shape, tensor.dtype, None, tensor.nbytes, 0.0))
@@ -160,7 +161,7 @@ def _against(folder: Folder, src: Path) -> tuple[list[str], int]:
     modules = specs(folder.config)
     taken: set[str] = set()
     for module, (spec, entry) in modules.items():
-        taken.update(expected(module, spec, entry["row_scale"]))
+        taken.update(expected(module, spec, entry["row_scale"], entry.get("outliers", 0)))
         stored, shape = dense.get(weight_name(module, entry)), weight_sides(spec, entry)
         if stored is None or stored.shape != shape:
             problems.append(f"{module}: {src} has no {'x'.join(map(str, shape))} weight of that name")

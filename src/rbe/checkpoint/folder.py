@@ -54,7 +54,7 @@ class Folder:
             CorruptFile: its tensors do not fit its specification.
         """
         spec, entry = specs(self.config)[module]
-        names = expected(module, spec, entry["row_scale"])
+        names = expected(module, spec, entry["row_scale"], entry.get("outliers", 0))
         tensors = {name.rpartition(".")[2]: self.tensors[name].read() for name in names}
         try:
             return SeedMatrix.from_tensors(tensors, spec)
@@ -211,8 +211,10 @@ def specs(config: Mapping[str, Any]) -> dict[str, tuple[SeedSpec, dict[str, Any]
     return found
 
 
-def expected(module: str, spec: SeedSpec, row_scale: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names, dtypes and shapes of the tensors of a module.
+def expected(
+    module: str, spec: SeedSpec, row_scale: bool, outliers: int = 0
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, dtypes and shapes of the tensors of a module with so many outliers.
 
     >>> expected("a", SeedSpec("trellis", (40, 33), bits=2.0), row_scale=False)
     {'a.seeds': ('I64', (9, 8)), 'a.scale': ('F32', ())}
@@ -223,6 +225,9 @@ def expected(module: str, spec: SeedSpec, row_scale: bool) -> dict[str, tuple[st
     }
     if row_scale:
         stored[f"{module}.row_scale"] = ("F16", spec.shape[:1])
+    if outliers:
+        stored[f"{module}.outlier_index"] = ("I32", (outliers,))
+        stored[f"{module}.outlier_values"] = ("F16", (outliers,))
     return stored
 
 
@@ -284,7 +289,7 @@ def open_tensors(dst: Path) -> Folder:
             raise CorruptFile(f"{dst} has {len(tensors)} tensors in its shards, the index {len(index['weight_map'])}")
         for module, (spec, entry) in specs(config).items():
             weight_sides(spec, entry)
-            for name, (dtype, shape) in expected(module, spec, entry["row_scale"]).items():
+            for name, (dtype, shape) in expected(module, spec, entry["row_scale"], entry.get("outliers", 0)).items():
                 if name not in tensors or (tensors[name].dtype, tensors[name].shape) != (dtype, shape):
                     raise CorruptFile(f"{dst}: {name} should be there as {dtype} {list(shape)}; fetch the folder again")
     return Folder(dst, index, config, tensors)
@@ -325,6 +330,10 @@ def load_matrices(dst: Path) -> tuple[dict[str, SeedMatrix], dict[str, Tensor]]:
     """
     folder = check_files(dst)
     modules = specs(folder.config)
-    seeds = {name for module, (spec, entry) in modules.items() for name in expected(module, spec, entry["row_scale"])}
+    seeds = {
+        name
+        for module, (spec, entry) in modules.items()
+        for name in expected(module, spec, entry["row_scale"], entry.get("outliers", 0))
+    }
     rest = {name: tensor.read() for name, tensor in folder.tensors.items() if name not in seeds}
     return {module: folder.matrix(module) for module in modules}, rest

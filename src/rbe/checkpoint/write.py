@@ -24,6 +24,7 @@ class Module:
         tied: modules whose weight is this one and is not stored.
         tensor: name of the dense weight in the source; empty where it is `<module>.weight`.
         sides: shape of the dense weight in the source; empty where it is the matrix', turned where `transposed`.
+        outliers: how many single weights are kept beside the seeds.
         offset: what the dense weight is more than the seeds: 1 for the gain of a norm.
     """
 
@@ -35,12 +36,14 @@ class Module:
     tied: tuple[str, ...] = ()
     tensor: str = ""
     sides: tuple[int, ...] = ()
+    outliers: int = 0
     offset: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that survives JSON."""
         entry = {**asdict(self), "spec": self.spec.to_json(), "tied": list(self.tied), "sides": list(self.sides)}
-        return {name: value for name, value in entry.items() if value or name not in ("tensor", "sides", "offset")}
+        seldom = ("tensor", "sides", "outliers", "offset")
+        return {name: value for name, value in entry.items() if value or name not in seldom}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Self:

@@ -169,6 +169,9 @@ def compress(
     ] = "16",
     mode: Annotated[Mode | None, typer.Option(help="packed128: radial (default), or faithful to the paper.")] = None,
     stages: Annotated[int, typer.Option(min=1, help="Packed formats: seeds summed in every block.")] = 1,
+    outliers: Annotated[
+        float, typer.Option(metavar="SHARE", help="Keep the largest weights beside the seeds, e.g. 0.005 of them.")
+    ] = 0.0,
     precision: Annotated[int, typer.Option(help="packed64: bits of a number, 32 or 64.")] = 32,
     effort: Annotated[Effort, typer.Option(help="How hard to search: fast for a try, best for the last percents.")] = (
         Effort.balanced
@@ -214,6 +217,7 @@ def compress(
         mode=None if mode is None else mode.value,
         stages=stages,
         precision=precision,
+        outliers=outliers,
     )
 
 

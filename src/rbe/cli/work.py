@@ -89,7 +89,9 @@ class Holding:
         return metrics.ratio(self.stored, self.weights)
 
 
-_PARTS = ("seeds", "scales", "row scales", "norms", "biases", "other tensors", "headers")
+_OURS = {"seeds": "seeds", "scale": "scales", "row_scale": "row scales"}
+_OURS |= {"outlier_index": "outliers", "outlier_values": "outliers"}
+_PARTS = ("seeds", "scales", "row scales", "outliers", "norms", "biases", "other tensors", "headers")
 
 
 def holding(folder: Path) -> Holding:
@@ -101,11 +103,9 @@ def holding(folder: Path) -> Holding:
     require_seeds(folder)
     opened = checkpoint.open_tensors(folder)
     seeds = {
-        name: name.rpartition(".")[2]
-        .replace("row_scale", "row scales")
-        .replace("scale", "scales", name.endswith(".scale"))
+        name: _OURS[name.rpartition(".")[2]]
         for module, (spec, entry) in checkpoint.specs(opened.config).items()
-        for name in checkpoint.expected(module, spec, entry["row_scale"])
+        for name in checkpoint.expected(module, spec, entry["row_scale"], entry.get("outliers", 0))
     }
     parts = dict.fromkeys(_PARTS, 0)
     for name, tensor in opened.tensors.items():

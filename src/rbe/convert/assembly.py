@@ -16,6 +16,9 @@ from rbe.formats import SeedSpec
 from rbe.shards import Outgoing
 from rbe.source import Roles, Source, architecture
 
+# Names of the tensors of a module.
+KEYS = ("seeds", "scale", "row_scale", "outlier_index", "outlier_values")
+
 
 def assemble(
     out: Path,
@@ -39,7 +42,7 @@ def assemble(
                 tensors.append(Outgoing(kept.name, kept.dtype, kept.shape, kept.chunks))
             continue
         found = journal.tensors(entry.name)
-        for key in ("seeds", "scale", "row_scale"):
+        for key in KEYS:
             if key in found:
                 piece = found[key]
                 tensors.append(Outgoing(f"{entry.module}.{key}", piece.dtype, piece.shape, piece.chunks))
@@ -48,7 +51,7 @@ def assemble(
         sides = entry.shape if len(entry.shape) != 2 else ()
         named = "" if entry.name == f"{entry.module}.weight" else entry.name
         modules[entry.module] = Module(
-            spec, entry.kind, entry.row_scale, entry.transposed, entry.dtype, tied, named, sides
+            spec, entry.kind, entry.row_scale, entry.transposed, entry.dtype, tied, named, sides, entry.outliers
         )
     tell(Progress("write", dense.path.name))
     copied = {}

@@ -141,7 +141,7 @@ def _encode(
 
 def summary(entry: Entry, record: Mapping[str, Any]) -> Encoded:
     spec = SeedSpec.from_json(record["spec"])
-    nbytes = allocate.seed_bytes(spec, entry.row_scale)
+    nbytes = allocate.seed_bytes(spec, entry.row_scale, entry.outliers)
     return Encoded(entry.name, spec, nbytes, record["error"], shannon_floor(spec.bits), record["seconds"])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rbe import __version__, allocate, checkpoint, formats, shards, source
 from rbe.allocate import Form, Plan
 from rbe.convert import place
-from rbe.convert.assembly import ask, assemble
+from rbe.convert.assembly import KEYS, ask, assemble
 from rbe.convert.encoding import Encoded, Job, Progress, encode_all, estimate, summary
 from rbe.convert.journal import Journal
 from rbe.errors import RbeError
@@ -96,6 +96,7 @@ def compress(
     mode: str | None = None,
     precision: int = 32,
     stages: int = 1,
+    outliers: float = 0.0,
 ) -> Conversion:
     """Write a model as seeds.
 
@@ -105,7 +106,7 @@ def compress(
     Args:
         src: a transformers folder or a .safetensors file.
         dst: folder to write; one that this function wrote before is replaced, any other is refused.
-        bits, embeddings_bits, rates, include, exclude: as in `rbe.allocate.make_plan`.
+        bits, embeddings_bits, rates, outliers, include, exclude: as in `rbe.allocate.make_plan`.
         format, block, mode, precision, stages: of all seeds, as in `SeedSpec`.
         effort: "fast", "balanced" or "best".
         seed: of the rotations.
@@ -144,6 +145,7 @@ def compress(
         exclude=exclude,
         tied=roles.tied,
         ignored=roles.ignored,
+        outliers=outliers,
         **form,
     )
     _check_plan(plan, src)
@@ -152,6 +154,7 @@ def compress(
     settings |= {"bits": allocate.usual_rate(bits, form), "embeddings_bits": embeddings_bits}
     settings |= {"rates": dict(rates or {})}
     settings |= form if formats.is_disk(format) else {}
+    settings |= {"outliers": outliers} if outliers else {}
     work = dst.parent / f".{dst.name}.rbe-partial"
     if threads is None and workers > 1:
         threads = max(1, (os.cpu_count() or 1) // workers)
@@ -218,7 +221,7 @@ def _check_plan(plan: Plan, src: Path) -> None:
         )
     names = {entry.name for entry in plan}
     for entry in plan.seeded:
-        clash = names & {f"{entry.module}.{key}" for key in ("seeds", "scale", "row_scale")}
+        clash = names & {f"{entry.module}.{key}" for key in KEYS}
         if clash:
             raise RbeError(f"{src} already has a tensor {min(clash)}; exclude {entry.module}, or rename the tensor")
 

@@ -73,7 +73,7 @@ def _dense_tensors(folder: checkpoint.Folder, dtype: torch.dtype | None) -> list
     tensors = {}
     taken: set[str] = set()
     for module, (spec, entry) in checkpoint.specs(folder.config).items():
-        taken.update(checkpoint.expected(module, spec, entry["row_scale"]))
+        taken.update(checkpoint.expected(module, spec, entry["row_scale"], entry.get("outliers", 0)))
         target = dtype or shards.torch_dtype(entry.get("dtype", "F32")) or torch.float32
         shape = checkpoint.weight_sides(spec, entry)
 

@@ -103,6 +103,7 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             "transposed": owner.transposed,
             "dtype": dtype_name(owner.weight_dtype),
             "tied": [path for path in paths[key] if path != own[0]],
+            **({} if owner.outlier_index is None else {"outliers": len(owner.outlier_index)}),
             **_original(own[0], owner, model),
         }
     return entries

@@ -12,9 +12,10 @@ from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.matrix import SeedMatrix
 from rbe.nn.init import fresh_points, unit_scale
+from rbe.outliers import BYTES, Outliers
 
 ACTIVATIONS = ("float32", "int8")
-_STORED = ("seeds", "scale", "row_scale", "code", "radius", "angle")
+_STORED = ("seeds", "scale", "row_scale", "code", "radius", "angle", "outlier_index", "outlier_values")
 _OPEN = ("code", "radius", "angle")
 # Beside the version of a module in the metadata of a state dict.
 _SPEC = "rbe.spec"
@@ -47,6 +48,8 @@ class Seeded(nn.Module):
     code: Tensor
     radius: Tensor
     angle: Tensor
+    outlier_index: Tensor | None
+    outlier_values: Tensor | None
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class Seeded(nn.Module):
         self.weight_dtype = dtype or torch.get_default_dtype()
         self.activations = "float32"
         self._prepared: kernels.Prepared | None = None
+        self._outliers: Outliers | None = None
         # A tuple hides the owner from torch's registry: it is not a submodule, so state dicts and sizes count it once.
         self._owner: tuple[Seeded, ...] = () if owner is None else (owner,)
         if owner is not None:
@@ -90,6 +94,8 @@ class Seeded(nn.Module):
             self.register_buffer("seeds", seeds)
             self.register_buffer("scale", scale)
         self.register_buffer("row_scale", factor)
+        for name in ("outlier_index", "outlier_values"):
+            self.register_buffer(name, None)
         self.reset_parameters()
 
     def _open(self, code: Tensor, radius: Tensor, angle: Tensor, scale: Tensor) -> None:
@@ -182,8 +188,20 @@ class Seeded(nn.Module):
         if self.trainable:
             with torch.no_grad():
                 seeds = formats.disk(self.spec.format).join(self.code, self.radius, self.angle, self.spec)
-                return SeedMatrix(self.spec, seeds, self.scale.detach().clone(), self.row_scale)
-        return SeedMatrix(self.spec, self.seeds, self.scale, self.row_scale)
+                return SeedMatrix(self.spec, seeds, self.scale.detach().clone(), self.row_scale, self.outliers)
+        return SeedMatrix(self.spec, self.seeds, self.scale, self.row_scale, self.outliers)
+
+    @property
+    def outliers(self) -> Outliers | None:
+        """Single weights that are added to what the seeds make, made ready once; None where there are none."""
+        owner = self.owner
+        index, values = owner._buffers.get("outlier_index"), owner._buffers.get("outlier_values")
+        if index is None or values is None:
+            return None
+        ready = owner._outliers
+        if ready is None or ready.index is not index or ready.values is not values:
+            ready = owner._outliers = Outliers(self.spec.shape, index, values)
+        return ready
 
     @property
     def weight(self) -> Tensor:
@@ -201,21 +219,27 @@ class Seeded(nn.Module):
     def dense(self) -> Tensor:
         """The dense matrix (rows, columns), through which gradients flow to an open layer's radius, angle and scale."""
         if not self.trainable:
-            return kernels.decode(self.spec, self.seeds, self.scale, self.row_scale)
-        return kernels.decode(self.spec, *self._open_tensors())
+            dense = kernels.decode(self.spec, self.seeds, self.scale, self.row_scale)
+        else:
+            dense = kernels.decode(self.spec, *self._open_tensors())
+        outliers = self.outliers
+        return dense if outliers is None else outliers.add_to(dense)
 
     def multiply(self, x: Tensor) -> Tensor:
         """The product of x (..., columns) with the matrix: (..., rows) in x's dtype."""
         if not self.trainable:
-            return self._ready().matmul(x, self.activations)
-        code, scale, row_scale, radius, angle = self._open_tensors()
-        return kernels.seed_matmul(x, self.spec, code, scale, row_scale, self.activations, radius, angle)
+            y = self._ready().matmul(x, self.activations)
+        else:
+            code, scale, row_scale, radius, angle = self._open_tensors()
+            y = kernels.seed_matmul(x, self.spec, code, scale, row_scale, self.activations, radius, angle)
+        outliers = self.outliers
+        return y if outliers is None else (y + outliers.product(x)).to(y.dtype)
 
     def look_up(self, index: Tensor) -> Tensor:
         """Rows of the matrix: (*index.shape, columns) float32."""
-        if not self.trainable:
-            return self._ready().rows(index)
-        return kernels.rows(index, self.spec, *self._open_tensors())
+        rows = kernels.rows(index, self.spec, *self._open_tensors()) if self.trainable else self._ready().rows(index)
+        outliers = self.outliers
+        return rows if outliers is None else outliers.add_to_rows(rows, index)
 
     def _open_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         """(code, scale, row_scale, radius, angle), as the kernels take them."""
@@ -226,6 +250,8 @@ class Seeded(nn.Module):
     def _adopt(self, matrix: SeedMatrix) -> None:
         """Take over the tensors of an encoded matrix."""
         self.seeds, self.scale, self.row_scale = matrix.seeds, matrix.scale, matrix.row_scale
+        if matrix.outliers is not None:
+            self.outlier_index, self.outlier_values = matrix.outliers.index, matrix.outliers.values
 
     def _ready(self) -> kernels.Prepared:
         """The matrix, checked once and ready for the kernels; made anew when a tensor was moved or replaced."""
@@ -246,7 +272,7 @@ class Seeded(nn.Module):
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}  # a binding holds raw addresses
+        return {**self.__dict__, "_prepared": None, "_outliers": None}  # a binding holds raw addresses
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -284,7 +310,7 @@ class Seeded(nn.Module):
             state_dict[f"{prefix}seeds"] = definition.join(code, radius, angle, self.spec)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: self._buffers.get(name) for name in ("scale", "row_scale")}
+        before = {name: self._buffers.get(name) for name in ("scale", "row_scale", "outlier_values")}
         points = {
             name: p.data for name in ("radius", "angle", "scale") if (p := self._parameters.get(name)) is not None
         }
@@ -302,13 +328,14 @@ class Seeded(nn.Module):
             if parameter.dtype != least:
                 parameter.data = old.to(parameter.device, least)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
-        self._prepared = None
+        self._prepared = self._outliers = None
         return self
 
     def _describe(self) -> str:
         spec = self.spec
         stored = 8 * spec.blocks * formats.get(spec.format).words(spec) + 4
         stored += 0 if self.row_scale is None else 2 * spec.shape[0]
+        stored += 0 if self.outlier_index is None else BYTES * len(self.outlier_index)
         rate = 8 * stored / (spec.shape[0] * spec.shape[1])
         mode = f", mode={spec.mode}" if spec.mode else ""
         tied = ", tied" if self._owner else ""

@@ -32,6 +32,7 @@ __all__ = [
     "place",
     "place_vector",
     "replace",
+    "room_for_outliers",
     "shut",
 ]
 
@@ -46,13 +47,22 @@ _HOOKS = (
 )
 
 
-def place(model: nn.Module, site: Site, spec: SeedSpec, row_scale: bool) -> list[Seeded]:
+def place(model: nn.Module, site: Site, spec: SeedSpec, row_scale: bool, outliers: int = 0) -> list[Seeded]:
     """Put unfilled seed layers on the meta device in place of a site's layers, for a loader to fill.
 
     Returns:
         the new modules, the owner first.
     """
-    return _put(model, site, spec, row_scale, None)
+    new = _put(model, site, spec, row_scale, None)
+    room_for_outliers(new[0], outliers)
+    return new
+
+
+def room_for_outliers(module: Seeded, count: int) -> None:
+    """Buffers for so many outliers, for a loader to fill."""
+    sides = (count,) if count else None
+    for name, dtype in (("outlier_index", torch.int32), ("outlier_values", torch.float16)):
+        module.register_buffer(name, None if sides is None else torch.empty(sides, dtype=dtype, device="meta"))
 
 
 def replace(model: nn.Module, site: Site, matrix: SeedMatrix) -> list[Seeded]:
