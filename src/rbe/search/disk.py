@@ -56,10 +56,7 @@ def encode_disk(
 
     Arguments and errors are those of `rbe.encode`.
     """
-    if effort not in EFFORTS:
-        raise RbeError(f"encode: effort {effort!r} is not offered; choose one of {', '.join(EFFORTS)}")
-    if threads is not None and threads < 1:
-        raise RbeError(f"encode: {threads} threads cannot work; give 1 or more, or None for all")
+    _check(effort, threads)
     if row_scale and rotate is True:
         raise RbeError("encode: row_scale with both sides rotated has no meaning; use rotate='in' or rotate=False")
     x, exponent = _source(W)
@@ -91,6 +88,13 @@ def encode_disk(
     # Rows whose scale is 0 in float16 are lost whole: total - xx.
     error = (max(total - xx, 0.0) + max(xx - 2 * found * xc + found * found * cc, 0.0)) / total
     return Encoded(SeedMatrix(spec, seeds, scale, scales), min(error, 1.0))
+
+
+def _check(effort: str, threads: int | None) -> None:
+    if effort not in EFFORTS:
+        raise RbeError(f"encode: effort {effort!r} is not offered; choose one of {', '.join(EFFORTS)}")
+    if threads is not None and threads < 1:
+        raise RbeError(f"encode: {threads} threads cannot work; give 1 or more, or None for all")
 
 
 class _Report:
@@ -145,7 +149,11 @@ def fit(
 
     Returns:
         seeds int64 (blocks, words), sums float64 (blocks, 3).
+
+    Raises:
+        RbeError: the effort or the number of threads is not offered.
     """
+    _check(effort, threads)
     return _fit(blocks, energies, EFFORTS[effort], threads or default_threads(), _Report(blocks, progress))
 
 
