@@ -38,7 +38,7 @@ def check_radius(radius: Tensor, field: str = "radius") -> None:
     outside = ~((radius >= 0) & (radius < 1))
     if bool(outside.any()):
         where = outside.nonzero()[0].tolist()
-        value = float(radius[tuple(where)])
+        value = float(radius.detach()[tuple(where)])
         place = f" at {where}" if where else ""
         raise RbeError(f"{field} is {value:.9g}{place}; the disk is 0 <= r < 1: clip it or use rbe.disk.project")
 
@@ -57,7 +57,7 @@ def check_angle(angle: Tensor, field: str = "angle") -> None:
     if bool(wrong.any()):
         where = wrong.nonzero()[0].tolist()
         place = f" at {where}" if where else ""
-        raise RbeError(f"{field} is {float(angle[tuple(where)])}{place}; an angle is any finite number of radians")
+        raise RbeError(f"{field} is {float(angle.detach()[tuple(where)])}{place}; an angle is any finite number of radians")
 
 
 def check_point(x: Tensor, field: str = "point") -> None:
