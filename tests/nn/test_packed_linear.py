@@ -1,0 +1,102 @@
+"""`rbe.nn.Linear` in the packed formats: open and frozen, its seeded bias, and the bytes of the papers."""
+
+import pytest
+import torch
+from layer_cases import EVERY, OPEN, close
+from torch import Tensor, nn
+
+import rbe.nn
+from rbe.errors import RbeError
+
+
+@pytest.mark.parametrize("format", OPEN)
+@pytest.mark.parametrize("bias", [True, "seed", False])
+def test_open_and_frozen_equal_the_dense_layer(format: str, bias: bool | str) -> None:
+    torch.manual_seed(0)
+    layer = rbe.nn.Linear(9, 7, bias, **OPEN[format])
+    offset = layer.bias_seed() if bias == "seed" else layer.bias
+    x = torch.randn(2, 3, 9)
+    expected = nn.functional.linear(x, layer.weight, offset)
+    assert layer.trainable and close(layer(x), expected)
+    assert not layer.freeze().trainable
+    with torch.inference_mode():
+        assert close(layer(x), expected)
+
+
+def test_the_gradient_to_the_input_is_the_dense_one() -> None:
+    for options in EVERY.values():
+        layer = rbe.nn.Linear(9, 7, **options)
+        x = torch.randn(3, 9, requires_grad=True)
+        g = torch.randn(3, 7)
+        layer(x).backward(g)
+        assert x.grad is not None and close(x.grad, g @ layer.weight)
+
+
+def test_gradients_to_the_seeds_are_the_contracted_dense_ones() -> None:
+    layer = rbe.nn.Linear(9, 7, format="packed128", block=4)
+    x, g = torch.randn(3, 9), torch.randn(3, 7)
+    layer(x).backward(g)
+    by_product = [p.grad.clone() for p in (layer.radius, layer.angle, layer.scale) if p.grad is not None]
+    layer.zero_grad()
+    layer.dense().backward(g.T @ x)
+    for one, other in zip(by_product, (layer.radius, layer.angle, layer.scale), strict=True):
+        assert other.grad is not None and close(one, other.grad, 1e-4)
+
+
+def test_bytes_of_the_paper() -> None:
+    """000 section 5.2.2: 16 bytes, d_out (d_in + 1) / 4 to 1, the scales not counted."""
+    layer = rbe.nn.Linear(64, 32, bias="seed", format="packed64", block=None)
+    count = rbe.nn.count(layer)
+    assert count.seed_bytes == 16 and count.whole_bytes == 24
+    assert 4 * count.weights / count.seed_bytes == 32 * (64 + 1) / 4
+    assert count == rbe.nn.count(layer.freeze())
+    stored = [layer.matrix, layer.bias_seed.freeze().matrix if layer.bias_seed is not None else layer.matrix]
+    assert sum(matrix.nbytes for matrix in stored) == count.whole_bytes
+
+
+def test_a_step_out_of_the_disk_is_refused() -> None:
+    layer = rbe.nn.Linear(9, 7, format="packed128", block=4)
+    with torch.no_grad():
+        layer.radius[2, 0] = 1.0
+    with pytest.raises(RbeError, match=r"radius of a layer is 1 at \[2, 0\]"):
+        layer(torch.randn(9))
+    with torch.no_grad():
+        layer.radius[2, 0] = float("nan")
+    with pytest.raises(RbeError, match="radius"):
+        layer.freeze()
+
+
+def test_fresh_biases_have_the_size_of_torchs_again_and_again() -> None:
+    torch.manual_seed(0)
+    layer = rbe.nn.Linear(100, 4000, "seed", format="packed64", block=16)
+    assert layer.bias_seed is not None
+    for _ in range(2):
+        assert float(layer.bias_seed().square().mean().sqrt()) == pytest.approx((3 * 100) ** -0.5, rel=0.1)
+        layer.bias_seed.reset_parameters()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias": "seed"}, "trellis"),
+        ({"bias": "dense"}, "choose True"),
+        ({"format": "packed64", "bits": 2.0}, "bits"),
+        ({"format": "packed32"}, "packed128, packed64, trellis"),
+        ({"format": "packed128", "mode": "round"}, "round"),
+        ({"format": "packed128", "block": 0}, "block 0"),
+    ],
+)
+def test_wrong_choices_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(RbeError, match=message):
+        rbe.nn.Linear(9, 7, **options)  # type: ignore[arg-type]
+
+
+def test_the_input_must_fit() -> None:
+    with pytest.raises(RbeError, match=r"\(2, 8\)"):
+        rbe.nn.Linear(9, 7, format="packed128")(torch.randn(2, 8))
+
+
+def test_vmap_over_a_frozen_layer() -> None:
+    layer = rbe.nn.Linear(9, 7, format="packed128", block=4).freeze()
+    x: Tensor = torch.randn(4, 2, 9)
+    assert close(torch.func.vmap(layer)(x), layer(x))
