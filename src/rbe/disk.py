@@ -57,7 +57,8 @@ def check_angle(angle: Tensor, field: str = "angle") -> None:
     if bool(wrong.any()):
         where = wrong.nonzero()[0].tolist()
         place = f" at {where}" if where else ""
-        raise RbeError(f"{field} is {float(angle.detach()[tuple(where)])}{place}; an angle is any finite number of radians")
+        value = float(angle.detach()[tuple(where)])
+        raise RbeError(f"{field} is {value}{place}; an angle is any finite number of radians")
 
 
 def check_point(x: Tensor, field: str = "point") -> None:
