@@ -34,11 +34,28 @@ uint32_t fmix32(uint32_t h) {
     return h ^ (h >> 16);
 }
 
+// Starts at a cache line, so that no vector straddles two.
+template <class T>
+struct Lines {
+    using value_type = T;
+    Lines() = default;
+    template <class U>
+    Lines(const Lines<U>&) {}
+    T* allocate(size_t n) {
+        void* memory = std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64);
+        if (!memory) throw std::bad_alloc();
+        return static_cast<T*>(memory);
+    }
+    void deallocate(T* memory, size_t) { std::free(memory); }
+    bool operator==(const Lines&) const { return true; }
+};
+using Floats = std::vector<float, Lines<float>>;
+using Integers = std::vector<int32_t, Lines<int32_t>>;
+
 // The memory behind one `Tables`.
 struct Shape : Tables {
-    std::vector<float> wave_values, radius_values, phi_values;
-    std::vector<float> quarter_values;
-    std::vector<int32_t> class_values, quarter_classes;
+    Floats wave_values, radius_values, phi_values, quarter_values;
+    Integers class_values, quarter_classes;
 
     Shape(int kind, int64_t h, int64_t w, int stages) {
         width = w, stride = (w + LANES - 1) / LANES * LANES, pairs = (h + 1) / 2;
@@ -95,7 +112,7 @@ struct Shape : Tables {
         for (const double r : sorted)
             if (radius_values.empty() || r > static_cast<double>(radius_values.back()) + 1e-6)
                 radius_values.push_back(static_cast<float>(r));
-        const std::vector<float> distinct = radius_values;
+        const Floats distinct = radius_values;
         classes = std::max(2 * LANES, static_cast<int>(distinct.size() + LANES - 1) / LANES * LANES);
         radius_values.resize(static_cast<size_t>(classes), 0.0f);
         class_values.assign(cells, 0);
@@ -158,9 +175,9 @@ void expand_piece(const PackedTier& t, const Packed& p, const Piece& at, float* 
 }
 
 // Sums and differences of mirrored columns of x; the middle column of an odd count is both.
-std::vector<float> fold_columns(const Packed& p, const float* x, int64_t batch, int threads) {
-    const int64_t half = p.tables->half, wide = p.block_cols * 2 * half;
-    std::vector<float> out(static_cast<size_t>(batch * wide));
+Floats fold_columns(const Packed& p, const float* x, int64_t batch, int threads) {
+    const int64_t half = p.tables->half, wide = folded_stride(p);
+    Floats out(static_cast<size_t>(batch * wide));
     parallel(batch, threads, [&](int64_t b) {
         for (int64_t J = 0; J < p.block_cols; J++) {
             float* to = out.data() + b * wide + J * 2 * half;
@@ -222,7 +239,7 @@ void packed_matmul(const Packed& p, const float* x, int64_t batch, float* y, int
         return;
     }
     const int64_t pairs = p.tables->pairs;
-    const std::vector<float> folded = fold_columns(p, x, batch, threads);
+    const Floats folded = fold_columns(p, x, batch, threads);
     parallel(p.block_rows, threads, [&](int64_t I) {
         const Prepared ready(t, p, I * p.block_cols, p.block_cols);
         float* parts = static_cast<float*>(scratch_tile.get(static_cast<size_t>(batch * 2 * pairs) * 4));
@@ -244,10 +261,10 @@ void packed_matmul(const Packed& p, const float* x, int64_t batch, float* y, int
 void packed_backward(const Packed& p, const float* x, const float* y, int64_t batch, float* d_x, Sums* out, int threads) {
     const PackedTier& t = packed_tier();
     const Tables& tables = *p.tables;
-    const int64_t pairs = tables.pairs, wide = 2 * tables.half;
+    const int64_t pairs = tables.pairs, stride = folded_stride(p);
     threads = p.rows * p.cols * batch < ALONE ? 1 : threads;
     // y times the factors of the rows, as sums and differences of mirrored rows; the middle row of an odd count is both.
-    std::vector<float> folded_y(static_cast<size_t>(batch * p.block_rows * 2 * pairs));
+    Floats folded_y(static_cast<size_t>(batch * p.block_rows * 2 * pairs));
     std::vector<float> factors(static_cast<size_t>(p.rows));
     for (int64_t i = 0; i < p.rows; i++)
         factors[static_cast<size_t>(i)] = p.row_scale ? half_to_float(p.row_scale[i]) : 1.0f;
@@ -265,8 +282,8 @@ void packed_backward(const Packed& p, const float* x, const float* y, int64_t ba
             }
         }
     });
-    const std::vector<float> folded_x = out ? fold_columns(p, x, batch, threads) : std::vector<float>();
-    std::vector<float> folded_d(d_x ? static_cast<size_t>(batch * p.block_cols * wide) : 0);
+    const Floats folded_x = out ? fold_columns(p, x, batch, threads) : Floats();
+    Floats folded_d(d_x ? static_cast<size_t>(batch * stride) : 0);
     // Columns of blocks that a thread takes at once: their sums stay in its first-level cache.
     const int64_t columns = batch > 8 ? 8 : 32, pieces = (p.block_cols + columns - 1) / columns;
     parallel(pieces, threads, [&](int64_t k) {
@@ -277,7 +294,7 @@ void packed_backward(const Packed& p, const float* x, const float* y, int64_t ba
     const float scale = *p.scale;
     parallel(batch, threads, [&](int64_t b) {
         for (int64_t J = 0; J < p.block_cols; J++) {
-            const float *even = folded_d.data() + (b * p.block_cols + J) * wide, *odd = even + tables.half;
+            const float *even = folded_d.data() + b * stride + J * 2 * tables.half, *odd = even + tables.half;
             const int64_t columns = std::min(p.width, p.cols - J * p.width);
             float* to = d_x + b * p.cols + J * p.width;
             for (int64_t j = 0; j < columns; j++) {

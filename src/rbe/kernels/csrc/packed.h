@@ -65,7 +65,12 @@ struct Sums {
     double value, radius, angle;
 };
 
-// Folded rows of x: [b][J][0 or 1][half], sums and differences of columns j and w-1-j of block column J.
+
+// Folded rows of x: [b][J][0 or 1][half], sums and differences of columns j and w-1-j of block column J. Rows are a
+// cache line longer than that, or those of a wide matrix would all meet in one set of the cache.
+inline int64_t folded_stride(const Packed& p) {
+    return (p.block_cols * 2 * p.tables->half + LANES - 1) / LANES * LANES + LANES;
+}
 
 struct PackedTier {
     // The records of blocks [first, first + count), p.records() each.

@@ -35,7 +35,8 @@ inline VF spread(const float* from) {
 
 inline VF reciprocal(VF x) { return 1.0f / x; }
 
-constexpr int VECTORS = 1, BATCH = 2;  // accumulators that the registers hold
+// What the registers hold: vectors of one row of x, and vectors and rows of a product of many.
+constexpr int VECTORS = 1, TOGETHER = 1, BATCH = 2;
 
 #include "packed_tier.h"
 #include "packed_product.h"

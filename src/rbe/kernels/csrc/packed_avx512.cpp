@@ -38,7 +38,8 @@ inline VF reciprocal(VF x) {
     return near * (2.0f - x * near);
 }
 
-constexpr int VECTORS = 4, BATCH = 3;  // accumulators that the registers hold
+// What the registers hold: vectors of one row of x, and vectors and rows of a product of many.
+constexpr int VECTORS = 4, TOGETHER = 2, BATCH = 6;
 
 #include "packed_tier.h"
 #include "packed_product.h"

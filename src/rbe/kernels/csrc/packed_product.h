@@ -24,11 +24,12 @@ inline void quarters(const Tables& t, const Record& r, const float* profile, flo
     }
 }
 
-// VECTORS vectors from `first` on of NB rows of x, over a chunk of records.
+// NV vectors from `first` on of NB rows of x, over a chunk of records.
 template <int HALF, int NV, int NB>
 inline void chunk_product(const Tables& t, int64_t count, int64_t per_block, const Record* r, const float* weights,
                           const float* x, int64_t x_stride, int64_t first, float* sums) {
-    const int64_t n = t.quarter * LANES, half = t.half, wide = half / LANES;
+    const int64_t n = t.quarter * LANES, half = HALF <= LANES ? HALF : t.half, wide = half / LANES;
+    weights += first * LANES;
     VF acc[NB][2][NV];
     for (int b = 0; b < NB; b++)
         for (int m = 0; m < 2; m++)
@@ -39,7 +40,7 @@ inline void chunk_product(const Tables& t, int64_t count, int64_t per_block, con
             const float *even_x = x + odd * half, *odd_x = x + (1 - odd) * half;
             VF e[NV], o[NV];
             for (int v = 0; v < NV; v++)
-                e[v] = load(weights + (first + v) * LANES), o[v] = load(weights + n + (first + v) * LANES);
+                e[v] = load(weights + v * LANES), o[v] = load(weights + n + v * LANES);
             for (int b = 0; b < NB; b++)
                 if (HALF <= LANES) {
                     const VF a = spread<HALF>(even_x + b * x_stride), c = spread<HALF>(odd_x + b * x_stride);
@@ -122,7 +123,7 @@ template <int KIND, int HALF>
 void product_of(const Packed& p, const Record* r, const float* profile, const float* x, int64_t batch, float* parts) {
     thread_local Memory sums_memory, weights_memory;
     const Tables& t = *p.tables;
-    const int64_t n = t.quarter * LANES, per_block = p.records(), x_stride = p.block_cols * 2 * t.half;
+    const int64_t n = t.quarter * LANES, per_block = p.records(), x_stride = folded_stride(p);
     float* sums = sums_memory.get(batch * 2 * n);
     if (batch <= 2) {
         for (int64_t b = 0; b < batch; b++) {
@@ -144,8 +145,9 @@ void product_of(const Packed& p, const Record* r, const float* profile, const fl
                                weights + k * 2 * n);
             int64_t b = 0;
             const float* from = x + J * 2 * t.half;
-            rows_of_chunk<HALF, VECTORS, BATCH>(t, count, per_block, some, weights, from, x_stride, batch, b, sums);
-            rows_of_chunk<HALF, VECTORS, 1>(t, count, per_block, some, weights, from, x_stride, batch, b, sums);
+            rows_of_chunk<HALF, TOGETHER, BATCH>(t, count, per_block, some, weights, from, x_stride, batch, b, sums);
+            rows_of_chunk<HALF, TOGETHER, 2>(t, count, per_block, some, weights, from, x_stride, batch, b, sums);
+            rows_of_chunk<HALF, TOGETHER, 1>(t, count, per_block, some, weights, from, x_stride, batch, b, sums);
         }
     }
     // The columns of a pair of rows are neighbours, in one vector or over several.
@@ -248,7 +250,7 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
     const Tables& t = *p.tables;
     const int64_t n = t.quarter * LANES, per_block = p.records(), count = (J1 - J0) * per_block;
     const int64_t classes = KIND == RADIAL ? t.classes : 0, half = t.half, d_row = std::max<int64_t>(half, LANES);
-    const int64_t x_stride = p.block_cols * 2 * half;
+    const int64_t x_stride = folded_stride(p);
     Record* r = reinterpret_cast<Record*>(
         records_memory.get((count + AT_ONCE * p.parts()) * static_cast<int64_t>(sizeof(Record) / 4)));
     float* profile = profile_memory.get(count * classes + 1);
@@ -302,7 +304,7 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
             for (int64_t b = 0; b < some; b++)
                 for (int m = 0; m < 2; m++) {
                     const float* from = d + ((J - J0) * ROWS + b) * 2 * d_row + m * d_row;
-                    float* to = d_x + ((first + b) * p.block_cols + J) * 2 * half + m * half;
+                    float* to = d_x + (first + b) * x_stride + J * 2 * half + m * half;
                     for (int64_t j = 0; j < half; j++) {
                         float total = 0;
                         for (int64_t k = j; k < d_row; k += half) total += from[k];

@@ -209,12 +209,12 @@ void along(const Packed& p, int64_t first, int n, Record* out) {
 }
 
 void records(const Packed& p, int64_t first, int64_t count, Record* out) {
-    constexpr int TOGETHER = 8;
+    constexpr int GROUP = 8;
     Group g = {};
     const int64_t end = (first + count) * p.stages;
     for (int64_t at = first * p.stages; at < end; at += AT_ONCE, out += AT_ONCE * p.parts()) {
         const int n = static_cast<int>(std::min<int64_t>(AT_ONCE, end - at));
-        const int whole = (n + TOGETHER - 1) / TOGETHER * TOGETHER;  // a seed's numbers do not depend on its neighbours
+        const int whole = (n + GROUP - 1) / GROUP * GROUP;  // a seed's numbers do not depend on its neighbours
         points(p, at, n, g);
         p.kind == PACKED64 ? records64(g, whole) : records128(p.kind, g, whole);
         for (int k = 0; k < n; k++) {
