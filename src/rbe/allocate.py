@@ -338,7 +338,7 @@ def _rates(
                 "choose another block or number of stages"
             )
     if block is not None or not formats.is_disk(form["format"]):
-        side = 16 if block is None else block
+        side = 16 if block is None else max(1, block)
         formats.make_spec(shape=(side, side), window=window, **form)
 
     def rate_of(name: str, kind: str) -> float | None:
