@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, Literal, Self, TypedDict
 
 from rbe import formats
@@ -322,6 +323,8 @@ def _rates(
     for name, rate in given.items():
         if rate is None or (rate == 0 and embeddings_bits == 0):
             continue
+        if not isinstance(rate, Real):
+            raise RbeError(f"{name}: {rate!r} is no number of bits; give one, for instance 2")
         if not formats.is_disk(form["format"]):
             formats.make_spec(shape=(16, 16), bits=float(rate), window=window, **form)
             continue

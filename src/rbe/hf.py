@@ -110,8 +110,15 @@ class _Encode(ConversionOps):
         out: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
-            if name in self.quantizer.pending:
-                out.update(self.quantizer.encode(model, name, tensor, set() if missing_keys is None else missing_keys))
+            if name in self.quantizer.pending and self.quantizer.failure is None:
+                missing = set() if missing_keys is None else missing_keys
+                try:
+                    out.update(self.quantizer.encode(model, name, tensor, missing))
+                except RbeError as cause:
+                    # The loader would turn it into text of its log: it is raised when loading ends.
+                    self.quantizer.failure = RbeError(f"{name}: {cause}")
+            elif name in self.quantizer.pending:
+                pass  # nothing more is encoded
             else:
                 out[name] = tensor
         return out
@@ -126,6 +133,7 @@ class RbeQuantizer(HfQuantizer):
     def __init__(self, quantization_config: RbeConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.pending: dict[str, tuple[Entry, swap.Site]] = {}
+        self.failure: RbeError | None = None
         self._digest: dict[str, str] = {}
 
     @property
@@ -206,6 +214,14 @@ class RbeQuantizer(HfQuantizer):
         return {f"{site.module}.{key}": value for key, value in matrix.to_tensors().items()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.failure is not None:
+            raise self.failure
+        for path, module in model.named_modules():
+            if isinstance(module, Seeded) and module.owner is module:
+                try:
+                    _ = module.matrix  # looks at every number that a file can have wrong
+                except RbeError as cause:
+                    raise RbeError(f"{path}: {cause}") from cause
         self.quantization_config.modules = swap.describe(model)
         return model
 

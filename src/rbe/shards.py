@@ -189,7 +189,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
         raise CorruptFile(f"{path} is missing; fetch the folder again") from None
-    except (OSError, ValueError, RecursionError) as cause:
+    except OSError as cause:
+        raise CorruptFile(f"{path} cannot be read: {cause.strerror or cause}") from cause
+    except (ValueError, RecursionError) as cause:
         raise CorruptFile(f"{path} is not readable JSON ({cause}); fetch it again") from cause
     if not isinstance(value, dict):
         raise CorruptFile(f"{path} holds no JSON object; fetch it again")
@@ -217,7 +219,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     except FileNotFoundError:
         raise CorruptFile(f"{path} is missing; fetch the folder again") from None
     except OSError as cause:
-        raise wrong(str(cause)) from cause
+        raise CorruptFile(f"{path} cannot be read: {cause.strerror or cause}") from cause
     try:
         header = json.loads(text, object_pairs_hook=_no_duplicates)
         metadata = header.pop("__metadata__", {})

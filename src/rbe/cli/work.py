@@ -340,6 +340,9 @@ def evaluate(folder: Path, source: Path, text: Path | None, limit: int | None, a
         _evaluate_tensors(folder, source, as_json)
         return
     lines = trial.read_lines(text)
+    ours, theirs = (trial.read_config(one).get("model_type") for one in (folder, source))
+    if ours != theirs:
+        print(f"rbe: {folder} is a {ours} and {source} a {theirs}: is it the source?", file=sys.stderr)
     dense, model = trial.load(source), _load_seeds(folder, activations)
     trial.refuse_unfed(model)
     tokenizer = trial.load_tokenizer(folder, source)

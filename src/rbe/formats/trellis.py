@@ -9,6 +9,7 @@ At w = 1 ... 8 that is w / 2 bits a weight. 16 neighbours in the stream are the 
 """
 
 from functools import cache
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -65,9 +66,9 @@ def rate(bits: float) -> int:
     Raises:
         RbeError: the rate is not offered.
     """
-    if float(bits) not in BITS:
+    if not isinstance(bits, Real) or bits not in BITS:
         raise RbeError(
-            f"trellis: {bits} bits per weight is not offered; choose one of {', '.join(f'{b:g}' for b in BITS)}"
+            f"trellis: {bits!r} bits per weight is not offered; choose one of {', '.join(f'{b:g}' for b in BITS)}"
         )
     return int(2 * bits)
 
