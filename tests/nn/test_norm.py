@@ -1,5 +1,7 @@
 """Norms: equal to torch's given the same gain and shift, dense or from seeds; the printed forms; folding."""
 
+import dataclasses
+
 import pytest
 import torch
 from layer_cases import OPEN, close
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 import rbe.nn
 from rbe.errors import RbeError
 from rbe.nn.norm import Affine
+from rbe.outliers import Outliers
 
 
 def given(torchs: nn.Module, ours: Affine) -> nn.Module:
@@ -135,6 +138,19 @@ def test_folding_gives_one_layer_that_does_both(kind: str, frozen: bool) -> None
     torchs = given(type(norm).__mro__ and (nn.BatchNorm2d if kind == "conv2d" else nn.BatchNorm1d)(5), norm)
     torchs.load_state_dict(norm.state_dict())
     assert close(rbe.nn.fold(layer, torchs)(x), folded(x))  # type: ignore[type-var]
+
+
+def test_outliers_are_folded_too() -> None:
+    torch.manual_seed(0)
+    matrix = rbe.nn.Linear(6, 5, format="packed128", block=4).freeze().matrix
+    outliers = Outliers((5, 6), torch.tensor([3, 17, 29], dtype=torch.int32), torch.tensor([5.0, -7.0, 9.0]).half())
+    layer = rbe.nn.Linear.from_matrix(dataclasses.replace(matrix, outliers=outliers))
+    norm = grown(rbe.nn.BatchNorm1d(5))
+    x = torch.randn(9, 6)
+    norm(2 * layer(x))
+    norm.eval()
+    assert close(rbe.nn.fold(layer, norm)(x), norm(layer(x)), 2e-3)  # type: ignore[type-var]
+    assert rbe.nn.count(layer).whole_bytes == matrix.nbytes + 3 * 6
 
 
 def test_wrong_choices_are_refused() -> None:

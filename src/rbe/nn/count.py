@@ -17,7 +17,7 @@ class Count:
         vector_weights: of the biases, gains and shifts that come from one seed.
         dense_weights: of everything that is stored as it is, running statistics among it.
         seed_bytes: bytes of the seeds alone, which is what the papers count.
-        whole_bytes: bytes of everything stored, scales and dense tensors too, the seeds packed.
+        whole_bytes: bytes of everything stored, scales, outliers and dense tensors too, the seeds packed.
     """
 
     matrix_weights: int
@@ -60,7 +60,8 @@ def count(module: nn.Module) -> Count:
             matrix, vector = (matrix + rows * columns, vector) if columns > 1 else (matrix, vector + rows)
             here = 8 * part.spec.blocks * formats.get(part.spec.format).words(part.spec)
             seeds += here
-            whole += here + 4 + (0 if part.row_scale is None else 2 * rows)
+            beside = (part.row_scale, part.outlier_index, part.outlier_values)
+            whole += here + 4 + sum(t.numel() * t.element_size() for t in beside if t is not None)
             stored = {name: tensor for name, tensor in stored.items() if name == "bias"}
         for tensor in stored.values():
             if tensor is not None and id(tensor) not in seen:

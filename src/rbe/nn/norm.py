@@ -293,6 +293,9 @@ def fold(layer: Layer, norm: BatchNorm | nn.BatchNorm1d | nn.BatchNorm2d) -> Lay
         bias: Any = layer.bias if layer.bias_seed is None else layer.bias_seed()
         offset = (offset if bias is None else offset + bias.double()) * factor
         offset = offset if shift is None else offset + shift.double()
+        if layer.outlier_index is not None and layer.outlier_values is not None:
+            rows = layer.outlier_index.long() // layer.spec.shape[1]
+            folded.outlier_values = (layer.outlier_values.double() * factor[rows]).half()
         if layer.row_scale is not None:
             factor = factor * layer.row_scale.double()
         top = factor.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
