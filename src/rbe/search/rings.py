@@ -18,8 +18,8 @@ from rbe.search.blocks import Blocks
 WAVES = 64
 # A block with more different radii than this has rings of a finite width; the fit that follows is exact again.
 MOST_RINGS = 512
-# Numbers in the table of waves that is made at a time.
-_TABLE = 1 << 22
+# Cells whose waves are made at a time, and up to which a block's are kept.
+_CELLS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Rings:
     angle: Tensor
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)  # of a whole matrix they are large
 def rings(height: int, width: int) -> Rings:
     """The rings of a block.
 
@@ -60,58 +60,46 @@ def rings(height: int, width: int) -> Rings:
     return Rings(radius, order, sizes, angle[order])
 
 
-def _waves(ring: Rings, low: int, high: int) -> Tensor:
-    """cos and sin of q a for q in low ... high - 1: float64 (cells, 2 (high - low)), the cosines first."""
-    phase = ring.angle[:, None] * torch.arange(low, high, dtype=torch.float64)
-    return torch.cat([torch.cos(phase), torch.sin(phase)], 1)
+def _waves(angle: Tensor) -> Tensor:
+    """cos(q a) and sin(q a) for all q: float64 (cells, 128), the cosines first."""
+    # Of the sum of two angles, q = 8 k + l: an eighth of the sines and cosines.
+    low, high = (angle[:, None] * (step * torch.arange(8, dtype=torch.float64)) for step in (1.0, 8.0))
+    c, s = low.cos()[:, None, :], low.sin()[:, None, :]
+    big_c, big_s = high.cos()[:, :, None], high.sin()[:, :, None]
+    return torch.cat([(big_c * c - big_s * s).flatten(1), (big_s * c + big_c * s).flatten(1)], 1)
 
 
-@lru_cache(maxsize=4)
-def _all_waves(height: int, width: int) -> Tensor:
-    return _waves(rings(height, width), 0, WAVES)
+@lru_cache(maxsize=8)
+def _kept(height: int, width: int, times: int) -> Tensor:
+    return _waves(times * rings(height, width).angle)
 
 
-def _by_ring(values: Tensor, ring: Rings, table: Tensor) -> Tensor:
-    """Sums of values (n, cells) times a table (cells, m), ring by ring: (n, rings, m)."""
-    out = values.new_empty((values.shape[0], len(ring.sizes), table.shape[1]))
+def _by_ring(values: Tensor, shape: tuple[int, int], times: int = 1) -> Tensor:
+    """Sums of values (n, cells), in the rings' order, times the waves of a multiple of the angle: (n, 128, rings)."""
+    ring = rings(*shape)
+    out = values.new_zeros((values.shape[0], len(ring.sizes), 2 * WAVES))
+    table = _kept(*shape, times) if values.shape[1] <= _CELLS else None
     start = 0
     for k, size in enumerate(ring.sizes):
-        torch.mm(values[:, start : start + size], table[start : start + size], out=out[:, k])
+        for first in range(start, start + size, _CELLS):
+            part = slice(first, min(first + _CELLS, start + size))
+            waves = _waves(times * ring.angle[part]) if table is None else table[part]
+            out[:, k].addmm_(values[:, part], waves)
         start += size
-    return out
+    return out.transpose(1, 2)
 
 
 def sums(blocks: Blocks) -> Tensor:
     """Sums of W cos(q a) and W sin(q a) over every ring: float64 (blocks, 2, 64, rings)."""
     shape = blocks.spec.block_shape
-    ring = rings(*shape)
-    values = blocks.values.double()[:, ring.order]
-    return _over_waves(values, ring, shape).permute(0, 2, 3, 1).contiguous()
-
-
-def _over_waves(values: Tensor, ring: Rings, shape: tuple[int, int]) -> Tensor:
-    """`_by_ring` for all waves: (n, rings, 2, 64); a large block has its table made bit by bit."""
-    cells = ring.order.numel()
-    if cells * 2 * WAVES <= _TABLE:
-        return _by_ring(values, ring, _all_waves(*shape)).reshape(len(values), -1, 2, WAVES)
-    step = max(1, _TABLE // (2 * cells))
-    parts = []
-    for low in range(0, WAVES, step):
-        high = min(low + step, WAVES)
-        parts.append(_by_ring(values, ring, _waves(ring, low, high)).reshape(len(values), -1, 2, high - low))
-    return torch.cat(parts, 3)
+    found = _by_ring(blocks.values.double()[:, rings(*shape).order], shape)
+    return found.reshape(len(blocks), 2, WAVES, -1)
 
 
 def gram(blocks: Blocks) -> Tensor:
     """Sums of cos^2, cos sin and sin^2 over every ring and kind of block: float64 (kinds, 3, 64, rings)."""
-    ring = rings(*blocks.spec.block_shape)
-    masks = blocks.masks.double()[:, ring.order]
-    out = []
-    twice = Rings(ring.radius, ring.order, ring.sizes, 2.0 * ring.angle)
-    step = max(1, _TABLE // (2 * ring.order.numel()))
-    count = _by_ring(masks, ring, masks.new_ones((masks.shape[1], 1)))  # (kinds, rings, 1)
-    for low in range(0, WAVES, step):
-        high = min(low + step, WAVES)
-        cos, sin = _by_ring(masks, ring, _waves(twice, low, high)).chunk(2, 2)
-        out.append(torch.stack([(count + cos) / 2, sin / 2, (count - cos) / 2], 1))
-    return torch.cat(out, 3).transpose(2, 3).contiguous()
+    shape = blocks.spec.block_shape
+    double = _by_ring(blocks.masks.double()[:, rings(*shape).order], shape, times=2)
+    cos, sin = double.reshape(len(blocks.masks), 2, WAVES, -1).unbind(1)
+    count = cos[:, :1]  # of q = 0
+    return torch.stack([(count + cos) / 2, sin / 2, (count - cos) / 2], 1)
