@@ -176,7 +176,7 @@ def test_the_number_of_threads_changes_nothing(kind: dict[str, Any], case: dict[
         source.native.contract(0, 500, g.data_ptr(), sums.data_ptr(), threads)
         outputs.append([w, sums])
         if kind["format"] == "packed128" and case["block"]:
-            d_y, d_x, by_seeds = torch.empty(7, 500), torch.empty(7, 400), torch.zeros_like(sums)
+            d_y, d_x, by_seeds = torch.empty(7, 500), torch.empty(7, 400), torch.empty(3, spec.blocks, 1)
             source.native.matmul(x.data_ptr(), 7, d_y.data_ptr(), threads)
             source.native.backward(x.data_ptr(), y.data_ptr(), 7, d_x.data_ptr(), by_seeds.data_ptr(), threads)
             outputs[-1] += [d_y, d_x, by_seeds]

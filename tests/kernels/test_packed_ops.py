@@ -207,6 +207,16 @@ def test_compiled_training_step_equals_eager() -> None:
         assert eager is not None and compiled is not None and torch.equal(eager, compiled)
 
 
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_no_rows_have_no_gradient(case: dict[str, Any]) -> None:
+    spec = spec_of(case)
+    code, radius, angle = point(spec)
+    x, scale = random_x(0, 33).requires_grad_(), torch.tensor(0.7, requires_grad=True)
+    given = (x, scale, radius.requires_grad_(), angle.requires_grad_())
+    calls(spec, code, None)["matmul"](*given).sum().backward()
+    assert all(t.grad is not None and torch.equal(t.grad, torch.zeros_like(t)) for t in given)
+
+
 def test_frozen_and_open_agree() -> None:
     for case in CASES:
         spec = spec_of(case)

@@ -131,12 +131,23 @@ def backward(source: Packed, x: Tensor | None, y: Tensor, by_x: bool) -> tuple[T
         d_x, gradients = _kronecker_backward(source, x, y, by_x)
     else:
         d_x = torch.empty(y.shape[0], source.spec.shape[1]) if by_x else None
-        sums = None if x is None else bands.no_sums(source)
+        # The first rows of x write these sums; without rows nobody does.
+        new = torch.empty if y.shape[0] else torch.zeros
+        sums = None if x is None else new(3, source.spec.blocks, source.spec.stages)
         source.native.backward(
             _address(x), y.data_ptr(), y.shape[0], _address(d_x), _address(sums), torch.get_num_threads()
         )
-        gradients = None if sums is None else bands.finish(source, sums)
+        gradients = None if sums is None else _finished(source, sums)
     return None if d_x is None else bands.turned(d_x, source.spec.rotation[1], back=True), gradients
+
+
+def _finished(source: Packed, sums: Tensor) -> bands.Gradients:
+    """As `bands.finish`, from sums in three planes, float32 (3, blocks, stages)."""
+    scale = source.tensors.scale
+    by_scale = sums[0].sum(dtype=torch.float64).to(scale.dtype)
+    if source.tensors.radius is None:
+        return scale.new_empty(0), scale.new_empty(0), by_scale
+    return sums[1] * scale, sums[2] * scale, by_scale
 
 
 # packed64: block (I, J) is sum_s c_IJs phi_s. With P_Js = phi_s x_J, computed once, y_I = sum_Js c_IJs P_Js.
@@ -188,7 +199,7 @@ def _kronecker_backward(
 ) -> tuple[Tensor | None, bands.Gradients | None]:
     """As `backward`, before the rotations."""
     (block_rows, block_columns), (height, width) = source.spec.grid, source.spec.block_shape
-    n, scale, radius = y.shape[0], source.tensors.scale, source.tensors.radius
+    n, scale = y.shape[0], source.tensors.scale
     parts = _amplitudes(source, slopes=x is not None)
     upstream = _blocks(_scaled(source, y), block_rows, height).reshape(block_rows, -1)
     phis = _modulations(source)
@@ -201,12 +212,9 @@ def _kronecker_backward(
     if x is None:
         return d_x, None
     blocks = _blocks(x, block_columns, width).reshape(-1, width)
-    by_amplitude = torch.stack([upstream @ (blocks @ phi.T).reshape(block_columns, -1).T for phi in phis], -1)
-    by_scale = torch.sum(parts[0] * by_amplitude, dtype=torch.float64).to(scale.dtype)
-    if radius is None:
-        return d_x, (scale.new_empty(0), scale.new_empty(0), by_scale)
-    by_radius, by_angle = ((part * by_amplitude).mul_(scale).reshape(radius.shape) for part in parts[1:])
-    return d_x, (by_radius, by_angle, by_scale)
+    by_amplitude = [upstream @ (blocks @ phi.T).reshape(block_columns, -1).T for phi in phis]
+    parts *= by_amplitude[0].unsqueeze(-1) if len(by_amplitude) == 1 else torch.stack(by_amplitude, -1)
+    return d_x, _finished(source, parts.reshape(3, source.spec.blocks, source.spec.stages))
 
 
 def _scaled(source: Packed, y: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ void bind_packed(nb::module_& m) {
             [](const PackedMatrix& self, uintptr_t x, uintptr_t y, int64_t batch, uintptr_t d_x, uintptr_t out,
                int threads) {
                 rbe::packed_backward(self, at<const float>(x), at<const float>(y), batch, at<float>(d_x),
-                                     at<rbe::Sums>(out), threads);
+                                     at<float>(out), threads);
             },
             release())
         .def(

@@ -258,7 +258,7 @@ void packed_matmul(const Packed& p, const float* x, int64_t batch, float* y, int
     });
 }
 
-void packed_backward(const Packed& p, const float* x, const float* y, int64_t batch, float* d_x, Sums* out, int threads) {
+void packed_backward(const Packed& p, const float* x, const float* y, int64_t batch, float* d_x, float* out, int threads) {
     const PackedTier& t = packed_tier();
     const Tables& tables = *p.tables;
     const int64_t pairs = tables.pairs, stride = folded_stride(p);
@@ -285,7 +285,7 @@ void packed_backward(const Packed& p, const float* x, const float* y, int64_t ba
     const Floats folded_x = out ? fold_columns(p, x, batch, threads) : Floats();
     Floats folded_d(d_x ? static_cast<size_t>(batch * stride) : 0);
     // Columns of blocks that a thread takes at once: their sums stay in its first-level cache.
-    const int64_t columns = batch > 8 ? 8 : 32, pieces = (p.block_cols + columns - 1) / columns;
+    const int64_t columns = batch > 8 ? 16 : 32, pieces = (p.block_cols + columns - 1) / columns;
     parallel(pieces, threads, [&](int64_t k) {
         t.backward(p, k * columns, std::min((k + 1) * columns, p.block_cols), out ? folded_x.data() : nullptr,
                    folded_y.data(), batch, d_x ? folded_d.data() : nullptr, out);

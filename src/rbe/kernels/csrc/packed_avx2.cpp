@@ -33,6 +33,8 @@ inline VF spread(const float* from) {
     return join(all, all);
 }
 
+inline void hold(VF&) {}
+
 inline VF reciprocal(VF x) { return 1.0f / x; }
 
 // What the registers hold: vectors of one row of x, and vectors and rows of a product of many.

@@ -32,6 +32,9 @@ inline VF spread(const float* from) {
     return reinterpret_cast<VF>(_mm512_set1_ps(*from));
 }
 
+// Keeps a vector in its register: the compiler would load it again for every use.
+inline void hold(VF& v) { __asm__("" : "+v"(v)); }
+
 // One Newton step after 14 bits.
 inline VF reciprocal(VF x) {
     const VF near = reinterpret_cast<VF>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));

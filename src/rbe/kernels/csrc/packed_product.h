@@ -203,7 +203,8 @@ inline void record_backward(const Tables& t, int64_t odd, const float* weights, 
         float *to_even = d + b * d_stride + odd * d_row, *to_odd = d + b * d_stride + (1 - odd) * d_row;
         VF sum_even{}, sum_odd{};
         for (int v = 0; v < NV; v++) {
-            const VF ye = load(even_y + v * LANES), yo = load(odd_y + v * LANES);
+            VF ye = load(even_y + v * LANES), yo = load(odd_y + v * LANES);
+            hold(ye), hold(yo);
             if (BY_SEEDS) {
                 if (HALF > LANES) {
                     const int64_t at = b * x_stride + (first + v) % wide * LANES;
@@ -244,13 +245,13 @@ inline void reduce(const Tables& t, const Record& r, const float* profile, const
 
 template <int KIND, int HALF, bool BY_X, bool BY_SEEDS>
 void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const float* y, int64_t batch, float* d_x,
-                 Sums* out) {
+                 float* out) {
     thread_local Memory records_memory, profile_memory, slopes_memory, weights_memory, y_memory, d_memory;
     constexpr int64_t ROWS = 32;  // of x at once: what they need of y fits the first-level cache
     const Tables& t = *p.tables;
     const int64_t n = t.quarter * LANES, per_block = p.records(), count = (J1 - J0) * per_block;
     const int64_t classes = KIND == RADIAL ? t.classes : 0, half = t.half, d_row = std::max<int64_t>(half, LANES);
-    const int64_t x_stride = folded_stride(p);
+    const int64_t x_stride = folded_stride(p), seeds = p.block_rows * p.block_cols * p.stages;
     Record* r = reinterpret_cast<Record*>(
         records_memory.get((count + AT_ONCE * p.parts()) * static_cast<int64_t>(sizeof(Record) / 4)));
     float* profile = profile_memory.get(count * classes + 1);
@@ -295,7 +296,12 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
                 if (BY_SEEDS) {
                     const Four block = sum4(acc);
                     const double total[4] = {block[0], block[1], block[2], block[3]};
-                    add_sums<KIND>(r[k], total, out[(I * p.block_cols + J) * p.stages + k % per_block]);
+                    Sums sums = {};
+                    add_sums<KIND>(r[k], total, sums);
+                    const float found[3] = {static_cast<float>(sums.value), static_cast<float>(sums.radius),
+                                            static_cast<float>(sums.angle)};
+                    float* to = out + (I * p.block_cols + J) * p.stages + k % per_block;
+                    for (int m = 0; m < 3; m++, to += seeds) *to = first ? *to + found[m] : found[m];
                 }
             }
         }
@@ -315,7 +321,7 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
 }
 
 void backward(const Packed& p, int64_t J0, int64_t J1, const float* x, const float* y, int64_t batch, float* d_x,
-              Sums* out) {
+              float* out) {
     choose_half(p, [&](auto kind, auto half) {
         constexpr int KIND = kind(), HALF = half();
         if (d_x && out) backward_of<KIND, HALF, true, true>(p, J0, J1, x, y, batch, d_x, out);
