@@ -156,9 +156,20 @@ def test_zero_matrices() -> None:
     assert metrics.lipschitz(torch.zeros(150, 150), full=100) == 0.0
 
 
-def test_condition_of_a_rank_one_matrix_is_infinite() -> None:
-    u, v = torch.randn(30), torch.randn(20)
-    assert metrics.condition(torch.outer(u, v)) == math.inf
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [20, 300])
+def test_condition_of_a_matrix_of_low_rank_is_infinite(dtype: torch.dtype, size: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    u, v = torch.randn(size, 3, generator=draw).to(dtype), torch.randn(3, size + 5, generator=draw).to(dtype)
+    assert metrics.condition(u @ v) == math.inf == metrics.condition(u @ v, full=10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_large_condition_is_no_infinite_one(dtype: torch.dtype) -> None:
+    a = rotated(torch.logspace(0, -5, 400, dtype=torch.float64), 500).to(dtype)
+    exact = torch.linalg.cond(a.double()).item()
+    assert (exact > 5e3) and metrics.condition(a) == pytest.approx(exact, rel=1e-4)
+    assert metrics.condition(a, full=10) == pytest.approx(exact, rel=1e-2)
 
 
 def test_jacobian_ranks() -> None:

@@ -35,7 +35,7 @@ class Spectrum:
         error: what may be wrong with them, as a share of their norm: |values - true| <= error |true|. 0 where they are
             exact; otherwise the difference between two independent halves of the estimate, which in practice is about
             twice the error of the whole.
-        noise: share of the largest value below which a value says nothing, by the dtype of the matrix.
+        noise: share of the largest value below which a value may be made of rounding.
     """
 
     values: Tensor
@@ -165,8 +165,8 @@ def condition(matrix: Tensor, full: int = FULL, seed: int = 0) -> float:
     >>> condition(torch.ones(3, 3))
     inf
 
-    A singular value below the rounding of the largest, in the matrix' own dtype, counts as 0. Of matrices larger than
-    `full` by QR decomposition and two Lanczos iterations, right to two parts in a thousand.
+    A singular value below the rounding of the largest (float32 or shorter numbers: 5e-7 of it) counts as 0. Of matrices
+    larger than `full` by QR decomposition and two Lanczos iterations, right to two parts in a thousand.
 
     Raises:
         RbeError: not a matrix, or not finite.
@@ -214,7 +214,12 @@ def jacobian(derivatives: Tensor) -> Jacobian:
 
 
 def _noise(a: Tensor) -> float:
-    return max(a.shape) * torch.finfo(a.dtype).eps
+    """Share of the largest singular value that rounding can make out of 0: that of the numbers, or of the algorithm.
+
+    Numbers shorter than float32 are taken as they are; their own rounding would leave nothing to be said of them.
+    """
+    numbers = min(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps)
+    return max(4 * numbers, max(a.shape) * torch.finfo(torch.float64).eps)
 
 
 def _tall(matrix: Tensor, what: str) -> Tensor:
