@@ -17,7 +17,7 @@ class Entry:
 
     Attributes:
         name: of the module or tensor.
-        kind: "linear", "embedding" or "keep".
+        kind: "linear", "embedding", "conv", "recurrent", "vector" or "keep".
         shape: as torch shows it.
         format: "trellis 2 bit", "float32", ...
         nbytes: stored bytes, scales counted.
@@ -322,7 +322,7 @@ def _figure(entries: Sequence[Entry]) -> str:
 def _draw_errors(axis: Any, known: Sequence[tuple[int, Entry]]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    for (kind, colour), marker in zip(_KINDS.items(), "oD", strict=True):
+    for (kind, colour), marker in zip(_KINDS.items(), "oDs^v", strict=True):
         points = [(k, e.error) for k, e in known if e.kind == kind]
         if points:
             axis.plot(*zip(*points, strict=True), marker, color=colour, ms=4.5, label=kind, zorder=3)
@@ -354,7 +354,7 @@ def _svg(figure: Any, name: str) -> str:
 
 _COLOURS = ("#2f6f9f", "#d9822b", "#5b9a68", "#9b5fa5", "#b5495b", "#7a7a7a", "#c2a83e", "#3fa7a0")
 
-_KINDS = {"linear": _COLOURS[0], "embedding": _COLOURS[1]}
+_KINDS = dict(zip(("linear", "embedding", "conv", "recurrent", "vector"), _COLOURS, strict=False))
 
 _STYLE = """
 *{box-sizing:border-box}body{margin:0;background:#f4f4f1;color:#222}

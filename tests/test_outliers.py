@@ -1,0 +1,94 @@
+"""Single weights beside seeds: equal to a dense matrix with them put in, in every use."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import jacrev, vmap
+
+import rbe
+from rbe import RbeError
+from rbe.nn import Embedding, Linear
+from rbe.outliers import Outliers
+
+
+def pair() -> tuple[Outliers, Tensor]:
+    """Outliers with an empty row and a full one, and the same as a dense matrix."""
+    index = torch.tensor([0, 3, 5, 6, 7, 8, 9, 29], dtype=torch.int32)
+    few = Outliers((6, 5), index, torch.arange(1.0, 9.0).half())
+    dense = torch.zeros(30)
+    dense[index.long()] = few.values.float()
+    return few, dense.reshape(6, 5)
+
+
+def test_products_rows_and_sums_are_those_of_the_dense_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, dense = pair()
+    base, x = torch.randn(6, 5), torch.randn(2, 3, 5)
+    assert torch.equal(few.add_to(base), base + dense)
+    assert torch.allclose(few.product(x), x @ dense.T, atol=1e-6)
+    monkeypatch.setattr("rbe.outliers._AT_ONCE", 12)
+    assert torch.allclose(few.product(x), x @ dense.T, atol=1e-6)
+    index = torch.tensor([[1, 2], [5, 1]])
+    assert torch.equal(few.add_to_rows(base[index], index), (base + dense)[index])
+    assert torch.equal(few.taken_from(base + dense), base + dense - dense)
+    assert few.product(x.half()).dtype == torch.float32 and few.product(x.double()).dtype == torch.float64
+    none = Outliers((6, 5), few.index[:0], few.values[:0])
+    assert torch.equal(none.add_to_rows(base[index], index), base[index]) and not none.product(x).any()
+
+
+def test_the_largest_are_taken() -> None:
+    weight = torch.randn(40, 30)
+    few = Outliers.largest(weight, 12)
+    smallest = weight.flatten()[few.index.long()].abs().min()
+    assert len(few) == 12 and (weight.abs() > smallest).sum() == 11
+    assert torch.equal(few.values, weight.flatten()[few.index.long()].half())
+    assert torch.isfinite(Outliers.largest(torch.full((2, 2), 1e6), 2).values).all()
+
+
+@pytest.mark.parametrize("format", ["trellis", "packed128"])
+def test_layers_with_outliers_are_differentiable_and_map(format: str) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(32, 48)
+    weight[3, 7] = 40.0
+    few = Outliers.largest(weight, 20)
+    seeds = rbe.encode(few.taken_from(weight), format=format, effort="fast")
+    matrix = rbe.SeedMatrix(seeds.spec, seeds.seeds, seeds.scale, None, few)
+    layer = Linear.from_matrix(matrix)
+    dense = matrix.decode()
+    assert torch.equal(layer.weight, dense) and abs(float(dense[3, 7]) - 40.0) < 0.5
+    assert matrix.nbytes == seeds.nbytes + 6 * 20 and layer.matrix.nbytes == matrix.nbytes
+    x = torch.randn(4, 48, requires_grad=True)
+    layer(x).square().sum().backward()
+    assert torch.allclose(x.grad, 2 * (x @ dense.T) @ dense, rtol=1e-3, atol=1e-2)  # type: ignore[arg-type]
+    assert torch.allclose(jacrev(layer)(x[0].detach()), dense, atol=1e-3)
+    assert torch.allclose(vmap(layer)(x.detach()), layer(x.detach()), atol=1e-3)
+    assert layer(x.detach().half()).dtype == torch.float16
+    assert torch.equal(layer.half().outlier_values, few.values)
+
+
+def test_a_table_and_the_head_tied_to_it_share_outliers() -> None:
+    weight = torch.randn(50, 32)
+    few = Outliers.largest(weight, 30)
+    rest = rbe.encode(few.taken_from(weight), format="packed64", block=4)
+    table = Embedding.from_matrix(rbe.SeedMatrix(rest.spec, rest.seeds, rest.scale, None, few))
+    head = Linear.tied(table)
+    index = torch.tensor([4, 49, 0])
+    x = torch.randn(2, 32)
+    assert torch.allclose(table(index), table.weight[index])
+    assert torch.allclose(head(x), x @ table.weight.T, atol=1e-4)
+    assert sum("outlier" in name for name in torch.nn.ModuleList([table, head]).state_dict()) == 2
+    assert sorted(table.unfreeze().state_dict()) == [
+        "angle", "code", "outlier_index", "outlier_values", "radius", "scale"
+    ]  # fmt: skip
+    assert torch.allclose(table(index), table.weight[index])
+
+
+def test_what_is_no_outlier_is_refused() -> None:
+    few, _ = pair()
+    with pytest.raises(RbeError, match="int32 and float16"):
+        Outliers((6, 5), few.index.long(), few.values)
+    with pytest.raises(RbeError, match="ascend"):
+        Outliers((6, 5), few.index.flip(0), few.values)
+    with pytest.raises(RbeError, match="ascend"):
+        Outliers((5, 5), few.index, few.values)
+    with pytest.raises(RbeError, match="NaN"):
+        Outliers((6, 5), few.index, few.values * torch.nan)
