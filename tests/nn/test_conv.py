@@ -1,6 +1,7 @@
 """Convolutions: torch's given the decoded kernel, with every setting, and nothing dense kept."""
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -88,6 +89,25 @@ def test_no_kernel_is_left_after_a_call() -> None:
             layer(torch.randn(1, 37, 4, 4))
     gc.collect()
     assert not [t for t in gc.get_objects() if type(t) is Tensor and t.numel() == 37 * 41 * 9]
+
+
+def test_no_kernel_waits_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = []
+    dense = nn.functional.conv2d
+
+    def watched(x: Tensor, kernel: Tensor, *settings: Any) -> Tensor:
+        kernels.append(weakref.ref(kernel))
+        return dense(x, kernel, *settings)
+
+    monkeypatch.setattr(nn.functional, "conv2d", watched)
+    layer = rbe.nn.Conv2d(3, 5, 3, **OPEN["radial"])
+    x = torch.randn(1, 3, 4, 4, requires_grad=True)
+    y = layer(x)
+    assert kernels[0]() is None
+    expected = torch.autograd.grad(dense(x, layer.weight), x, torch.ones_like(y))
+    with torch.no_grad():  # the graph has the tensors of its call, not those of today
+        layer.angle = nn.Parameter(layer.angle + 1)
+    assert close(torch.autograd.grad(y, x, torch.ones_like(y))[0], expected[0])
 
 
 def test_layers_around_matrices_and_unfilled_ones() -> None:

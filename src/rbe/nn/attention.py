@@ -6,13 +6,13 @@ from typing import Self, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from rbe.errors import RbeError
 from rbe.nn.linear import Linear
 from rbe.nn.options import Options, for_matrices
+from rbe.nn.recording import transformed
 
 
 @dataclass
@@ -280,7 +280,7 @@ class MultiheadAttention(nn.Module):
             return weights @ v, weights
         if mask is not None and mask.ndim < 4:
             mask = mask.expand(1, 1, *mask.shape)
-        if _transformed():
+        if transformed():
             # The fused backends know neither forward derivatives nor vmap.
             with sdpa_kernel(SDPBackend.MATH):
                 return scaled_dot_product_attention(q, k, v, mask, dropout), None
@@ -296,10 +296,3 @@ def _added(mask: Tensor, like: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(mask, float("-inf"))
     return mask.to(like.dtype)
-
-
-def _transformed() -> bool:
-    """Whether torch.func or forward derivatives are at work."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

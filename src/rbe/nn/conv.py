@@ -11,6 +11,7 @@ from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.matrix import SeedMatrix
 from rbe.nn.options import Options, factory, for_matrices, seeded_vector
+from rbe.nn.recording import made_again
 from rbe.nn.seeded import Seeded, SeededVector
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -22,8 +23,7 @@ class Convolution(Seeded):
     """What `Conv1d` and `Conv2d` share: the matrix is (out_channels, in_channels / groups * kernel cells).
 
     A kernel of one cell without groups is a product with the matrix, in which no weight is stored. Any other kernel is
-    decoded for the call and dropped after it; while autograd records, its graph holds the kernel until the backward
-    pass, as it holds a dense layer's input.
+    decoded for the call and dropped after it, and decoded again for the backward pass.
     """
 
     bias: Tensor | None
@@ -223,10 +223,16 @@ class Convolution(Seeded):
         if self.groups == 1 and set(self.kernel_size) == {1} and not any(padding):
             product = self.multiply(self._strided(x).movedim(channel, -1))
             return (product if bias is None else (product + bias).to(product.dtype)).movedim(-1, channel)
-        kernel = self.dense().reshape(self.weight_shape).to(x.dtype)
+        generate, shape, dtype = self.generator(), self.weight_shape, x.dtype
+
+        def make() -> Tensor:
+            return generate().reshape(shape).to(dtype)
+
+        kernel = make()
         function: Callable[..., Tensor] = nn.functional.conv1d if self.sides == 1 else nn.functional.conv2d
         bias = None if bias is None else bias.to(x.dtype)
-        return function(x, kernel, bias, self.stride, padding, self.dilation, self.groups)
+        with made_again(kernel, make):
+            return function(x, kernel, bias, self.stride, padding, self.dilation, self.groups)
 
     def _strided(self, x: Tensor) -> Tensor:
         """The cells that a kernel of one cell sees."""

@@ -218,12 +218,18 @@ class Seeded(nn.Module):
 
     def dense(self) -> Tensor:
         """The dense matrix (rows, columns), through which gradients flow to an open layer's radius, angle and scale."""
-        if not self.trainable:
-            dense = kernels.decode(self.spec, self.seeds, self.scale, self.row_scale)
-        else:
-            dense = kernels.decode(self.spec, *self._open_tensors())
-        outliers = self.outliers
-        return dense if outliers is None else outliers.add_to(dense)
+        return self.generator()()
+
+    def generator(self) -> Callable[[], Tensor]:
+        """What makes `dense`, from the tensors that the module has now, whatever it has when it is called."""
+        tensors = self._open_tensors() if self.trainable else (self.seeds, self.scale, self.row_scale)
+        spec, outliers = self.spec, self.outliers
+
+        def generate() -> Tensor:
+            dense = kernels.decode(spec, *tensors)
+            return dense if outliers is None else outliers.add_to(dense)
+
+        return generate
 
     def multiply(self, x: Tensor) -> Tensor:
         """The product of x (..., columns) with the matrix: (..., rows) in x's dtype."""
