@@ -179,6 +179,9 @@ def test_jacobian_ranks() -> None:
     assert metrics.jacobian(one).rank == 1
     assert metrics.jacobian(one).largest == pytest.approx(torch.linalg.matrix_norm(one, 2).item(), rel=1e-6)
     assert metrics.jacobian(one).condition == math.inf and metrics.jacobian(one).smallest == 0.0
+    # The rounding of a long sum must not look like a second direction.
+    tall = torch.randn(100_000, 1, generator=draw, dtype=torch.float64) * torch.tensor([[0.3, -1.7]])
+    assert metrics.jacobian(tall).rank == 1
     two = torch.randn(64, 2, generator=draw, dtype=torch.float64)
     found = metrics.jacobian(two)
     assert found.rank == 2 and found.condition == pytest.approx(torch.linalg.cond(two).item())
