@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from rbe import formats
 from rbe.errors import RbeError
@@ -21,7 +20,7 @@ from rbe.formats import SeedSpec
 from rbe.kernels import bands, cpu, functions, ops, packed, reference
 from rbe.kernels.cpu import tier
 from rbe.kernels.formulas import Calls
-from rbe.kernels.tensors import Tensors
+from rbe.kernels.tensors import Tensors, plain, unwatched
 
 __all__ = ["Prepared", "Tensors", "decode", "prepare", "reference", "rows", "seed_matmul", "tier"]
 
@@ -118,7 +117,7 @@ class Prepared:
         self.spec, self.tensors = spec, tensors
         self._native: Any = None
         self._pointers: tuple[int, ...] = ()
-        if torch.compiler.is_compiling() or not all(t is None or (_plain(t) and t.is_contiguous()) for t in tensors):
+        if torch.compiler.is_compiling() or not all(t is None or (plain(t) and t.is_contiguous()) for t in tensors):
             return
         if not ops.in_cpp(spec, tensors):
             return
@@ -196,22 +195,13 @@ class Prepared:
     def _eager(self, x: Tensor) -> bool:
         """Whether nobody is recording: no autograd, dispatch mode, functional transform or tracer."""
         t = self.tensors
-        return (
-            _plain(x)
-            and not (
-                torch.is_grad_enabled()
-                and (
-                    x.requires_grad
-                    or t.scale.requires_grad
-                    or (t.radius is not None and t.radius.requires_grad)
-                    or (t.angle is not None and t.angle.requires_grad)
-                )
-            )
-            and torch._C._len_torch_dispatch_stack() == 0
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and torch._C._get_tracing_state() is None
-            and forward_ad._current_level < 0
+        recorded = torch.is_grad_enabled() and (
+            x.requires_grad
+            or t.scale.requires_grad
+            or (t.radius is not None and t.radius.requires_grad)
+            or (t.angle is not None and t.angle.requires_grad)
         )
+        return not recorded and unwatched((x,))
 
 
 def prepare(
@@ -264,13 +254,3 @@ def _addresses(tensors: Tensors) -> tuple[int, ...]:
     seeds, scale, row_scale, radius, angle, _, _ = tensors
     fixed = (seeds.data_ptr(), scale.data_ptr()) + (() if row_scale is None else (row_scale.data_ptr(),))
     return fixed if radius is None or angle is None else (*fixed, radius.data_ptr(), angle.data_ptr())
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether x is an ordinary CPU tensor with memory of its own."""
-    return (
-        type(x) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-        and x.device.type == "cpu"
-        and x.layout == torch.strided
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )

@@ -1,8 +1,11 @@
 """The tensors of one matrix, in the order in which every operation takes them."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class Tensors(NamedTuple):
@@ -20,3 +23,24 @@ class Tensors(NamedTuple):
     angle: Tensor | None = None
     d_radius: Tensor | None = None
     d_angle: Tensor | None = None
+
+
+def plain(x: Tensor) -> bool:
+    """Whether x is an ordinary CPU tensor with memory of its own."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        and x.device.type == "cpu"
+        and x.layout == torch.strided
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def unwatched(values: Iterable[Any]) -> bool:
+    """Whether an eager call with these arguments is seen by no dispatch mode, functional transform or tracer."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+        and all(plain(v) for v in values if isinstance(v, Tensor))
+    )
