@@ -250,6 +250,9 @@ class Recurrent(nn.Module):
                 raise RbeError(f"{type(self).__name__}: a state is {tuple(state.shape)}; it must be {wanted}")
         return start if batched else tuple(state[:, None] for state in start)
 
+    def flatten_parameters(self) -> None:
+        """Nothing: models written for torch's layer call it, but seeds have no order to bring into."""
+
     def extra_repr(self) -> str:
         """Sizes and settings."""
         return (
