@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from layer_cases import EVERY, OPEN, close
 from torch import Tensor, nn
 
@@ -108,6 +109,22 @@ def test_no_kernel_waits_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) 
     with torch.no_grad():  # the graph has the tensors of its call, not those of today
         layer.angle = nn.Parameter(layer.angle + 1)
     assert close(torch.autograd.grad(y, x, torch.ones_like(y))[0], expected[0])
+
+
+def test_hooks_of_others_see_what_is_saved() -> None:
+    layer = rbe.nn.Conv2d(3, 5, 3, **OPEN["radial"])
+    x = torch.randn(1, 3, 4, 4, requires_grad=True)
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    assert any(tensor.data_ptr() == x.data_ptr() for tensor in saved)
+    again = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    assert close(torch.autograd.grad(again.sum(), x)[0], torch.autograd.grad(layer(x).sum(), x)[0])
 
 
 def test_layers_around_matrices_and_unfilled_ones() -> None:

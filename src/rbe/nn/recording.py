@@ -19,9 +19,12 @@ def transformed() -> bool:
 def made_again(dense: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[object]:
     """While this is open, autograd does not keep `dense` for its backward pass but calls `make` for it then.
 
-    Under torch.func and torch.compile, which allow no such hooks, the tensor is kept.
+    Under torch.func and torch.compile, which allow no such hooks, the tensor is kept. Where somebody else has hooks, as
+    activation checkpointing has, theirs go on: ours would hide them from all that is saved in here.
     """
     if torch.compiler.is_compiling() or transformed() or not torch.is_grad_enabled():
+        return nullcontext()
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return nullcontext()
     address, shape = dense.data_ptr(), dense.shape
 
