@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import rbe
@@ -123,8 +123,6 @@ def test_the_command_line_makes_the_dense_model_again(case: tuple[nn.Module, Pat
 
 
 def test_a_bare_file_fills_the_model_it_came_from(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file(net().state_dict(), tmp_path / "net.safetensors")
     # Names alone do not tell that the table is an embedding.
     convert.compress(tmp_path / "net.safetensors", tmp_path / "seeds", effort="fast", bits=4, exclude=["table"])
@@ -134,6 +132,19 @@ def test_a_bare_file_fills_the_model_it_came_from(tmp_path: Path) -> None:
     for name in ("lstm", "gru", "conv", "head"):
         ours, theirs = getattr(loaded, name).state_dict(), getattr(model, name).state_dict()
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_a_file_without_counters_of_batches_fills_batch_norms(tmp_path: Path) -> None:
+    def picture() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()).eval()
+
+    model = picture()
+    state = {name: tensor for name, tensor in model.state_dict().items() if "num_batches" not in name}
+    save_file(state, tmp_path / "net.safetensors")
+    convert.compress(tmp_path / "net.safetensors", tmp_path / "seeds", effort="fast", bits=4)
+    loaded, x = rbe.load(tmp_path / "seeds", model=picture()), torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        assert (loaded(x) - model(x)).norm() < 0.2 * model(x).norm()
 
 
 def seeded() -> nn.Module:

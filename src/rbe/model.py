@@ -216,7 +216,9 @@ def _fill(model: nn.Module, found: Folder) -> None:
     for path, (spec, entry) in entries.items():
         _check_place(path, spec, entry, sites, held)
     state.update({name: state[source] for name, source in about.get(_SAME, {}).items()})
-    missing = {_path_of(n, paths, recurrent) for n in _names_after(model, entries)} ^ set(state)
+    wanted = {_path_of(n, paths, recurrent) for n in _names_after(model, entries)}
+    # Files of older torch have no counters of batches; torch fills them in.
+    missing = {n for n in wanted ^ set(state) if n in state or not n.endswith(".num_batches_tracked")}
     if missing:
         raise RbeError(
             f"load: the given model and the folder do not have the same tensors ({', '.join(sorted(missing)[:4])}); "
