@@ -174,21 +174,37 @@ void expand_piece(const PackedTier& t, const Packed& p, const Piece& at, float* 
     t.expand(p, at.I, at.i0, at.i1, ready.records, ready.profile, factors.data(), out);
 }
 
-// Sums and differences of mirrored columns of x; the middle column of an odd count is both.
+// Sums and differences of the two ends of a side; the middle of an odd side is both. Only the first
+// `given` values are there; the others are zero.
+void fold(const float* from, int64_t given, int64_t side, float* sums, float* differences) {
+    float padded[64];
+    if (given < side) {
+        std::copy_n(from, given, padded);
+        std::fill(padded + given, padded + side, 0.0f);
+        from = padded;
+    }
+    const int64_t half = side / 2;
+    for (int64_t j = 0; j < half; j++) {
+        const float left = from[j], right = from[side - 1 - j];
+        sums[j] = left + right, differences[j] = left - right;
+    }
+    if (side % 2) sums[half] = differences[half] = from[half];
+}
+
+// The inverse for results: the first half of a side is the sum of an even and an odd part, the other their difference.
+void unfold(const float* even, const float* odd, int64_t wanted, int64_t side, float* to) {
+    const int64_t half = (side + 1) / 2;
+    for (int64_t j = 0; j < std::min(half, wanted); j++) to[j] = even[j] + odd[j];
+    for (int64_t j = half; j < wanted; j++) to[j] = even[side - 1 - j] - odd[side - 1 - j];
+}
+
 Floats fold_columns(const Packed& p, const float* x, int64_t batch, int threads) {
     const int64_t half = p.tables->half, wide = folded_stride(p);
     Floats out(static_cast<size_t>(batch * wide));
     parallel(batch, threads, [&](int64_t b) {
         for (int64_t J = 0; J < p.block_cols; J++) {
             float* to = out.data() + b * wide + J * 2 * half;
-            const float* from = x + b * p.cols + J * p.width;
-            const int64_t columns = std::min(p.width, p.cols - J * p.width);
-            for (int64_t j = 0; j < (p.width + 1) / 2; j++) {
-                const int64_t mirrored = p.width - 1 - j;
-                const float left = j < columns ? from[j] : 0.0f;
-                const float right = mirrored < columns && mirrored != j ? from[mirrored] : 0.0f;
-                to[j] = left + right, to[half + j] = left - right;
-            }
+            fold(x + b * p.cols + J * p.width, std::min(p.width, p.cols - J * p.width), p.width, to, to + half);
         }
     });
     return out;
@@ -250,10 +266,8 @@ void packed_matmul(const Packed& p, const float* x, int64_t batch, float* y, int
         for (int64_t b = 0; b < batch; b++) {
             const float *even = parts + b * 2 * pairs, *odd = even + pairs;
             float* to = y + b * p.rows + first;
-            for (int64_t i = 0; i < count; i++) {
-                const int64_t mirrored = p.height - 1 - i;
-                to[i] = (i <= mirrored ? even[i] + odd[i] : even[mirrored] - odd[mirrored]) * factors[i];
-            }
+            unfold(even, odd, count, p.height, to);
+            for (int64_t i = 0; i < count; i++) to[i] *= factors[i];
         }
     });
 }
@@ -270,16 +284,11 @@ void packed_backward(const Packed& p, const float* x, const float* y, int64_t ba
         factors[static_cast<size_t>(i)] = p.row_scale ? half_to_float(p.row_scale[i]) : 1.0f;
     parallel(batch, threads, [&](int64_t b) {
         for (int64_t I = 0; I < p.block_rows; I++) {
-            float* to = folded_y.data() + (b * p.block_rows + I) * 2 * pairs;
+            float *to = folded_y.data() + (b * p.block_rows + I) * 2 * pairs, scaled[64];
             const int64_t first = I * p.height, count = std::min(p.height, p.rows - first);
-            const auto value = [&](int64_t i) {
-                return i < count ? y[b * p.rows + first + i] * factors[static_cast<size_t>(first + i)] : 0.0f;
-            };
-            for (int64_t i = 0; i < pairs; i++) {
-                const int64_t mirrored = p.height - 1 - i;
-                const float upper = value(i), lower = mirrored == i ? 0.0f : value(mirrored);
-                to[i] = upper + lower, to[pairs + i] = upper - lower;
-            }
+            for (int64_t i = 0; i < count; i++)
+                scaled[i] = y[b * p.rows + first + i] * factors[static_cast<size_t>(first + i)];
+            fold(scaled, count, p.height, to, to + pairs);
         }
     });
     const Floats folded_x = out ? fold_columns(p, x, batch, threads) : Floats();
@@ -297,10 +306,8 @@ void packed_backward(const Packed& p, const float* x, const float* y, int64_t ba
             const float *even = folded_d.data() + b * stride + J * 2 * tables.half, *odd = even + tables.half;
             const int64_t columns = std::min(p.width, p.cols - J * p.width);
             float* to = d_x + b * p.cols + J * p.width;
-            for (int64_t j = 0; j < columns; j++) {
-                const int64_t mirrored = p.width - 1 - j;
-                to[j] = (j <= mirrored ? even[j] + odd[j] : even[mirrored] - odd[mirrored]) * scale;
-            }
+            unfold(even, odd, columns, p.width, to);
+            for (int64_t j = 0; j < columns; j++) to[j] *= scale;
         }
     });
 }

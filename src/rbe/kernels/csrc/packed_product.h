@@ -151,14 +151,26 @@ void product_of(const Packed& p, const Record* r, const float* profile, const fl
         }
     }
     // The columns of a pair of rows are neighbours, in one vector or over several.
-    for (int64_t b = 0; b < batch * 2; b++)
-        for (int64_t i = 0; i < t.pairs; i++) {
-            const float* from = sums + b * n + i * t.half;
+    for (int64_t b = 0; b < batch * 2; b++) {
+        const float* from = sums + b * n;
+        float* to = parts + b * t.pairs;
+        int64_t i = 0;
+        if (HALF == 8)
+            for (; i + 4 <= t.pairs; i += 4) {
+                const VF v = load(from + i * 8), w = load(from + i * 8 + LANES);
+                const Four found = across(
+                    __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7),
+                    __builtin_shufflevector(v, v, 8, 9, 10, 11) + __builtin_shufflevector(v, v, 12, 13, 14, 15),
+                    __builtin_shufflevector(w, w, 0, 1, 2, 3) + __builtin_shufflevector(w, w, 4, 5, 6, 7),
+                    __builtin_shufflevector(w, w, 8, 9, 10, 11) + __builtin_shufflevector(w, w, 12, 13, 14, 15));
+                std::memcpy(to + i, &found, sizeof found);
+            }
+        for (; i < t.pairs; i++) {
             float total[8] = {};
-            for (int64_t j = 0; j < t.half; j++) total[j & 7] += from[j];
-            parts[b * t.pairs + i] = ((total[0] + total[4]) + (total[2] + total[6])) +
-                                     ((total[1] + total[5]) + (total[3] + total[7]));
+            for (int64_t j = 0; j < t.half; j++) total[j & 7] += from[i * t.half + j];
+            to[i] = ((total[0] + total[4]) + (total[2] + total[6])) + ((total[1] + total[5]) + (total[3] + total[7]));
         }
+    }
 }
 
 // Calls run(kind, half) with both as constants; halves above the vector are all the same.

@@ -16,13 +16,15 @@ inline Four fold(VF v) {
            (__builtin_shufflevector(v, v, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 12, 13, 14, 15));
 }
 
-// The sums of four vectors, each in the same order.
-inline Four sum4(const VF* v) {
-    const Four a = fold(v[0]), b = fold(v[1]), c = fold(v[2]), d = fold(v[3]);
+// The sums of four vectors of four.
+inline Four across(Four a, Four b, Four c, Four d) {
     const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
     const Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
     return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
+
+// The sums of four vectors, each in the same order.
+inline Four sum4(const VF* v) { return across(fold(v[0]), fold(v[1]), fold(v[2]), fold(v[3])); }
 
 inline float sum(VF v) {
     const Four a = fold(v);
