@@ -1,12 +1,13 @@
 """`compress_`: a live torch model, its layers replaced by seed layers in place; `decompress_`: the way back."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from rbe import calibrate as statistics
 from rbe import formats, search
 from rbe.allocate import Entry, Form, Plan, make_plan, usual_rate
 from rbe.checkpoint import FORMAT_VERSION, METHOD
@@ -86,6 +87,7 @@ def encode_entry(
     seed: int = 0,
     threads: int | None = None,
     progress: Callable[[int, int], object] | None = None,
+    moments: Tensor | None = None,
 ) -> SeedMatrix:
     """Encode one weight, (rows, columns) whatever its layer's layout, as a plan says."""
     assert entry.spec is not None, f"{entry.name} is kept"
@@ -99,6 +101,7 @@ def encode_entry(
         seed=seed,
         threads=threads,
         progress=progress,
+        moments=moments,
         **_options(entry.spec, rotate),
     )
     return matrix if outliers is None else replace(matrix, outliers=outliers)
@@ -130,6 +133,7 @@ def compress_(
     precision: int = 32,
     stages: int = 1,
     outliers: float = 0.0,
+    calibrate: str | Iterable[Any] | None = None,
 ) -> Plan:
     """Replace the linear and embedding layers of a model, in place, by layers that hold seeds.
 
@@ -151,6 +155,9 @@ def compress_(
         threads: of the encoder; None is torch's number.
         format, block, mode, precision, stages: of all seeds, as in `SeedSpec`.
         outliers: share of every matrix, its largest weights, that is kept beside the seeds, for instance 0.005.
+        calibrate: linear layers are encoded so that their outputs, not their weights, come near: "random" runs the
+            model on random tokens (`rbe.calibrate.random_tokens`); otherwise what it is called with, batch by batch.
+            All second moments are held at once, 8 columns^2 bytes a layer.
 
     Returns:
         the plan that was carried out; printing it shows every tensor, and why one was kept.
@@ -161,6 +168,7 @@ def compress_(
     """
     form: Form = {"format": format, "block": block, "mode": mode, "precision": precision, "stages": stages}
     plan, sites = plan_model(model, bits, effort, include, exclude, embeddings_bits, rates, outliers, **form)
+    moments = {} if calibrate is None else _moments(model, plan, sites, calibrate)
     total = sum(entry.weights for entry in plan.seeded)
     done = 0
     encoded = []
@@ -168,7 +176,8 @@ def compress_(
         step = None if progress is None else (lambda part, _, before=done: progress(before + part, total))
         site = sites[entry.name]
         try:
-            matrix = encode_entry(entry, swap.dense(model, site), effort, threads=threads, progress=step)
+            known = moments.get(entry.name)
+            matrix = encode_entry(entry, swap.dense(model, site), effort, threads=threads, progress=step, moments=known)
         except RbeError as cause:
             raise RbeError(f"{entry.name}: {cause}") from cause
         encoded.append((site, matrix))
@@ -181,6 +190,27 @@ def compress_(
         about |= {"effort": effort, **(form if formats.is_disk(format) else {})}
         model.config.quantization_config = {**about, "modules": swap.describe(model)}  # type: ignore[union-attr]
     return plan
+
+
+def _moments(
+    model: nn.Module, plan: Plan, sites: Mapping[str, swap.Site], inputs: str | Iterable[Any]
+) -> dict[str, Tensor]:
+    """Second moments of what linear layers read, by the names of their weights."""
+    if any(entry.spec is not None and formats.is_disk(entry.spec.format) for entry in plan.seeded):
+        raise RbeError("compress: calibrate is for the trellis; packed formats cannot use it: leave it out")
+    if isinstance(inputs, str):
+        embed: Any = getattr(model, "get_input_embeddings", None)
+        if inputs != "random" or embed is None:
+            raise RbeError(
+                f"compress: calibrate={inputs!r} does not fit a {type(model).__name__}; give 'random' for a model of "
+                "tokens, or the inputs that the model is called with"
+            )
+        config = getattr(model, "config", None)
+        known = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings")]
+        inputs = statistics.random_tokens(int(embed().weight.shape[0]), context=min([64, *(k for k in known if k)]))
+    paths = {e.name: sites[e.name].module for e in plan.seeded if e.kind == "linear" and e.name.endswith(".weight")}
+    found = statistics.second_moments(model, sorted(set(paths.values())), inputs)
+    return {name: found[path] for name, path in paths.items() if path in found}
 
 
 def decompress_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

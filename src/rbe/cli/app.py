@@ -189,6 +189,10 @@ def compress(
         list[str] | None,
         typer.Option("--rate", metavar="PATTERN=BITS", help="Another rate for matching modules, e.g. '*.attn.*=3'."),
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(metavar="random|FILE", help="Run the dense model first, on random tokens or a text."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the search (default: all cores).")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the rotations; the same gives the same bytes.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, e.g. 500MB or 5GB.")] = "5GB",
@@ -218,6 +222,7 @@ def compress(
         stages=stages,
         precision=precision,
         outliers=outliers,
+        calibrate=calibrate,
     )
 
 

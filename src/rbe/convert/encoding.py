@@ -2,12 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rbe import allocate, checkpoint, formats
 from rbe.allocate import Entry, Form
@@ -75,10 +76,17 @@ class Job:
     effort: str
     seed: int
     threads: int | None
+    moments: Tensor | None = None
 
 
-def encode_all(jobs: Sequence[Job], journal: Journal, workers: int, tell: Callable[[Progress], object]) -> None:
-    """Encode what the journal does not have yet, and enter it there as it comes."""
+def encode_all(
+    jobs: Sequence[Job],
+    journal: Journal,
+    workers: int,
+    tell: Callable[[Progress], object],
+    turns: Callable[[Sequence[Job]], Iterable[Sequence[Job]]] = lambda jobs: [jobs],
+) -> None:
+    """Encode what the journal does not have yet, and enter it there as it comes; `turns` prepares it part by part."""
     total = sum(job.entry.weights for job in jobs)
     earlier = sum(job.entry.weights for job in jobs if job.entry.name in journal.done)
     pending = [job for job in jobs if job.entry.name not in journal.done]
@@ -95,15 +103,17 @@ def encode_all(jobs: Sequence[Job], journal: Journal, workers: int, tell: Callab
     def inside(job: Job, part: int, whole: int) -> None:
         report(job.entry.name, job.entry.weights * part / max(1, whole))
 
-    results: Iterator[tuple[int, dict[str, Any], dict[str, Any]]]
-    if workers == 1:
-        results = (_encode(job, partial(inside, job)) for job in pending)
-    else:
-        results = _in_parallel(pending, workers)
+    def results() -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
+        for part in turns(pending):
+            if workers == 1:
+                yield from (_encode(job, partial(inside, job)) for job in part)
+            else:
+                yield from _in_parallel(part, workers)
+
     by_number = {job.number: job for job in pending}
     if pending:
         report(pending[0].entry.name)
-    for number, tensors, record in results:
+    for number, tensors, record in results():
         name = by_number[number].entry.name
         journal.add(name, number, {key: torch.from_numpy(value) for key, value in tensors.items()}, record)
         done += by_number[number].entry.weights
@@ -127,7 +137,9 @@ def _encode(
     assert spec is not None
     stored = job.stored.read(copy=False)
     weight = checkpoint.as_matrix(stored, spec, entry.transposed)
-    matrix = encode_entry(entry, weight, job.effort, seed=job.seed, threads=job.threads, progress=progress)
+    matrix = encode_entry(
+        entry, weight, job.effort, seed=job.seed, threads=job.threads, progress=progress, moments=job.moments
+    )
     tensors = {key: value.numpy() for key, value in matrix.to_tensors().items()}
     error = checkpoint.measured_error(matrix, weight)
     if not math.isfinite(error):

@@ -12,6 +12,7 @@ from rbe import __version__, allocate, checkpoint, formats, shards, source
 from rbe.allocate import Form, Plan
 from rbe.convert import place
 from rbe.convert.assembly import KEYS, ask, assemble
+from rbe.convert.calibration import Calibration
 from rbe.convert.encoding import Encoded, Job, Progress, encode_all, estimate, summary
 from rbe.convert.journal import Journal
 from rbe.errors import RbeError
@@ -97,6 +98,7 @@ def compress(
     precision: int = 32,
     stages: int = 1,
     outliers: float = 0.0,
+    calibrate: str | Path | None = None,
 ) -> Conversion:
     """Write a model as seeds.
 
@@ -109,6 +111,9 @@ def compress(
         bits, embeddings_bits, rates, outliers, include, exclude: as in `rbe.allocate.make_plan`.
         format, block, mode, precision, stages: of all seeds, as in `SeedSpec`.
         effort: "fast", "balanced" or "best".
+        calibrate: linear layers are encoded so that their outputs, not their weights, come near: "random" runs the
+            dense model on random tokens; a path names a text of sentences to run it on. The model is then in memory,
+            and up to 1 GiB of second moments. The bytes can depend on the number of threads of torch.
         seed: of the rotations.
         threads: of each encoder; by default the cores are shared out among the workers.
         workers: matrices encoded at a time, by joblib; its `parallel_config` chooses threads, processes or machines.
@@ -155,6 +160,10 @@ def compress(
     settings |= {"rates": dict(rates or {})}
     settings |= form if formats.is_disk(format) else {}
     settings |= {"outliers": outliers} if outliers else {}
+    if calibrate is not None and formats.is_disk(format):
+        raise RbeError(f"compress: calibrate is for the trellis; {format} cannot use it: leave it out")
+    calibration = None if calibrate is None else Calibration(dense, calibrate)
+    settings |= {} if calibration is None else {"calibrate": calibration.identity}
     work = dst.parent / f".{dst.name}.rbe-partial"
     if threads is None and workers > 1:
         threads = max(1, (os.cpu_count() or 1) // workers)
@@ -187,7 +196,10 @@ def compress(
             journal = Journal(work, shards.canonical_digest(identity))
             remarks = [*roles.remarks, *([journal.remark] if journal.remark else [])]
             resumed = len(journal.done)
-            encode_all(jobs, journal, workers, tell)
+            if calibration is None:
+                encode_all(jobs, journal, workers, tell)
+            else:
+                encode_all(jobs, journal, workers, tell, calibration.prepared_turns)
             encoded = tuple(summary(job.entry, journal.done[job.entry.name]) for job in jobs)
             if dense.fingerprint() != identity["source"]:
                 raise RbeError(f"{src} was changed while it was read; run again, and leave it alone meanwhile")

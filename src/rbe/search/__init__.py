@@ -29,6 +29,7 @@ def encode(
     mode: str | None = None,
     stages: int = 1,
     precision: int = 32,
+    moments: Tensor | None = None,
 ) -> SeedMatrix:
     """Encode a matrix as seeds.
 
@@ -59,9 +60,12 @@ def encode(
         mode: packed128: "radial" (when None) or "faithful".
         stages: seeds summed in a block (packed64 and packed128).
         precision: packed64: bits of a fixed-point number, 32 or 64.
+        moments: trellis only: (columns, columns), the mean of x x^T over the layer's inputs x, positive definite. The
+            error of the outputs is then made small instead of that of the weights, which grows (`rbe.calibrate`).
 
     Returns:
-        The seeds with the least-squares scale: the relative squared error is at most 1. A zero matrix gets scale 0.
+        The seeds with the least-squares scale: without moments the relative squared error is at most 1. A zero matrix
+        gets scale 0. With moments the seeds can depend on the number of threads of torch's matrix products.
 
     Raises:
         RbeError: the matrix is not 2-D, empty, not floating point or not finite, or an option is not offered.
@@ -72,6 +76,8 @@ def encode(
     if formats.is_disk(format):
         if window not in (None, 16):  # 16 is what a specification without a trellis says
             raise RbeError(f"encode: window={window} belongs to a trellis; {format} has none")
+        if moments is not None:
+            raise RbeError(f"encode: moments are for a trellis; {format} cannot use them: leave them out")
         found = encode_disk(
             W,
             format,
@@ -95,5 +101,5 @@ def encode(
         )
     turned = True if rotate is None else rotate
     return encode_trellis(
-        W, 2 if bits is None else bits, effort, turned, row_scale, seed, window, threads, progress
+        W, 2 if bits is None else bits, effort, turned, row_scale, seed, window, threads, progress, moments
     ).matrix

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from rbe.formats import SeedSpec, trellis
 from rbe.matrix import SeedMatrix
 from rbe.mixing import fmix32
 from rbe.rotation import rotate as _rotate
+from rbe.search import feedback
 
 # The standard deviation of the sum of four uniform bytes.
 CODE_RMS = 147.8
@@ -90,10 +92,13 @@ class Found:
     xx: float
     xc: float
     cc: float
+    chosen: float | None = None
 
     @property
     def scale(self) -> float:
-        """The least-squares scale of the code."""
+        """The least-squares scale of the code, or the one that was chosen for another reason."""
+        if self.chosen is not None:
+            return self.chosen
         return self.xc / self.cc if self.cc > 0 else 0.0
 
     def residual(self, scale: float) -> float:
@@ -296,6 +301,7 @@ def encode_trellis(
     window: int | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], object] | None = None,
+    moments: Tensor | None = None,
 ) -> Encoded:
     """Encode a matrix as `trellis` seeds, and say how large the error is.
 
@@ -326,6 +332,7 @@ def encode_trellis(
         rotation=_rotation((rows, columns), rotate, seed),
     )
     trellis.check(spec)
+    H = None if moments is None else feedback.checked(moments, columns)
 
     if not x.any():
         zero = torch.zeros(spec.blocks, 2 * w, dtype=torch.int64)
@@ -343,19 +350,34 @@ def encode_trellis(
         if progress is not None:
             progress(blocks * rows * columns // spec.blocks, rows * columns)
 
-    found = search(
-        x,
-        unit,
-        spec.window,
-        w,
-        starts=chosen.starts(w),
-        reach=chosen.reach(spec.window, w),
-        row_energy=energies,
-        threads=threads,
-        progress=report,
-    )
+    options: dict[str, Any] = {"starts": chosen.starts(w), "reach": chosen.reach(spec.window, w), "threads": threads}
+    if H is None:
+        found = search(x, unit, spec.window, w, row_energy=energies, progress=report, **options)
+    else:
+
+        def column(target: Tensor) -> Tensor:
+            return search(target, unit, spec.window, w, **options).seeds
+
+        found = _with_feedback(x, H, unit, spec, column, energies, report)
     report(spec.blocks)
     scale = torch.tensor(math.ldexp(found.scale, exponent), dtype=torch.float32)
     # Rows whose scale is 0 in float16 are lost whole: total - xx.
     error = (max(total - found.xx, 0.0) + found.residual(math.ldexp(scale.item(), -exponent))) / total
-    return Encoded(SeedMatrix(spec, found.seeds, scale, scales), min(error, 1.0))
+    return Encoded(SeedMatrix(spec, found.seeds, scale, scales), error if H is not None else min(error, 1.0))
+
+
+def _with_feedback(
+    x: Tensor,
+    H: Tensor,
+    unit: float,
+    spec: SeedSpec,
+    column: feedback.Search,
+    energies: Tensor | None,
+    report: Callable[[int], object],
+) -> Found:
+    seeds, best, codes = feedback.encode_blocks(x, H, spec.rotation[1], unit, spec, column, energies, report)
+    worth = torch.ones(len(x)) if energies is None else energies
+    xx, xc, cc = (
+        math.fsum((a.double() * b * worth[:, None]).sum(1).tolist()) for a, b in ((x, x), (x, codes), (codes, codes))
+    )
+    return Found(seeds, xx, xc, cc, best)
