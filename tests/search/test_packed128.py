@@ -1,16 +1,21 @@
 """`encode` to packed128: the enumerated optimum of the faithful mode, the laws of the radial one, determinism."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from rbe import formats
 from rbe.errors import RbeError
 from rbe.formats import packed128
 from rbe.search import encode
 from rbe.search.blocks import cut
 from rbe.search.disk import encode_disk
+from rbe.search.packed128 import EFFORTS, Effort, _better, finish, pursue
+from rbe.search.proposal import FLAT, Atoms, propose
+from rbe.search.refine import Problem
 
 OUTER = torch.outer(torch.linspace(-1, 1, 40).exp(), torch.linspace(-3, 3, 52).sin())
 
@@ -111,6 +116,45 @@ def test_stages_and_effort_are_better(stages: int) -> None:
         encode_disk(W, "packed128", stages=stages, effort=effort).error for effort in ("fast", "balanced", "best")
     ]
     assert fewer > errors[0] >= errors[1] >= errors[2] * 0.999
+
+
+def losses(W: torch.Tensor, scale: float, effort: Effort, **options: int) -> torch.Tensor:
+    """The relative error of every block, from the searches themselves."""
+    blocks = cut(W.double(), formats.make_spec("packed128", (W.shape[0], W.shape[1]), **options))
+    code, radius, angle = finish(blocks, pursue(blocks, effort), scale, effort)
+    return Problem(blocks.with_values(blocks.values / scale), code).loss(radius, angle)
+
+
+def test_stages_are_fitted_again_beside_the_others() -> None:
+    W, once = gaussian(48, 64), replace(EFFORTS["fast"], sweeps=0)
+    before = losses(W, 20.0, once, stages=3)
+    after = losses(W, 20.0, replace(once, sweeps=2), stages=3)
+    assert bool((after <= before + 1e-3).all()) and bool((after < before - 1e-3).any())
+
+
+def test_beam_search_never_loses() -> None:
+    W, plain = gaussian(48, 64), replace(EFFORTS["fast"], steps=5)
+    before, after = (losses(W, 60.0, replace(plain, beams=beams), stages=2) for beams in (0, 1))
+    assert bool((after <= before + 1e-12).all()) and bool((after < before - 1e-9).any())
+
+
+def test_the_better_atoms_are_chosen_block_by_block() -> None:
+    blocks = cut(gaussian(32, 48), formats.make_spec("packed128", (32, 48)))
+    one = propose(blocks, FLAT)
+    nothing = one.with_coefficients(0.0 * one.coefficients)
+    half = Atoms(*(torch.cat([a[:3], b[3:]]) for a, b in zip(one.tables, nothing.tables, strict=True)))
+    other = Atoms(*(torch.cat([b[:3], a[3:]]) for a, b in zip(one.tables, nothing.tables, strict=True)))
+    for pair in ((half, other), (other, half)):
+        assert torch.equal(_better(blocks, *pair).coefficients, one.coefficients)
+
+
+def test_one_loud_block_leaves_the_others_their_digits() -> None:
+    W = gaussian(64, 64)
+    calm = encode_disk(W, "packed128").matrix.decode()
+    W[:16, :16] *= 3e4
+    loud = encode_disk(W, "packed128").matrix.decode()
+    captured = [1 - relative_error(W[16:], made[16:]) for made in (calm, loud)]
+    assert captured[1] > 0.9 * captured[0]
 
 
 def test_gaussian_blocks_capture_what_was_measured() -> None:
