@@ -115,6 +115,8 @@ def test_inspect_tells_energy_and_efficiency(small: Path) -> None:
             assert 0.7 < row["efficiency"] < 1 and "spectrum" not in row
     shown = rbe("inspect", small).stdout
     assert "captured" in shown and "eta" in shown and "spectral" not in shown
+    first = next(row for row in rbe_json("inspect", small)["tensors"] if row["kind"] != "keep")
+    assert f"{100 * first['captured_energy']:.2f} %" in shown and f"{first['efficiency']:.3f}" in shown
 
 
 def test_inspect_beside_the_source_compares_singular_values(small: Path, bert: Path) -> None:
@@ -146,6 +148,15 @@ def test_large_matrices_beside_the_source_say_how_sure_they_are(
 
 def test_inspect_beside_another_model_is_refused(small: Path, gpt2: Path) -> None:
     refused("inspect", small, "--against", gpt2, says="is it the source?")
+
+
+def test_inspect_beside_a_source_of_another_shape_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    for name, shape in (("a", (64, 48)), ("b", (48, 64))):
+        save_file({"w.weight": torch.randn(shape)}, tmp_path / f"{name}.safetensors")
+    rbe("compress", tmp_path / "a.safetensors", tmp_path / "out", "--effort", "fast")
+    refused("inspect", tmp_path / "out", "--against", tmp_path / "b.safetensors", says="no 64x48 weight w")
 
 
 def test_inspect_shows_tables(small: Path) -> None:

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rbe import formats, kernels, nn
+    from rbe import disk, formats, kernels, metrics, nn, optim
     from rbe.allocate import Plan
     from rbe.compress import compress_, decompress_
     from rbe.errors import CorruptFile, RbeError
@@ -31,16 +31,19 @@ __all__ = [
     "SeedSpec",
     "compress_",
     "decompress_",
+    "disk",
     "encode",
     "formats",
     "kernels",
     "load",
+    "metrics",
     "nn",
+    "optim",
     "save",
     "set_activations",
 ]
 
-_MODULES = ("formats", "hf", "kernels", "nn")
+_MODULES = ("disk", "formats", "hf", "kernels", "metrics", "nn", "optim")
 _HOMES = {"Plan": "allocate", "SeedMatrix": "matrix", "SeedSpec": "formats", "encode": "search"}
 _HOMES |= {"CorruptFile": "errors", "RbeError": "errors", "decompress_": "compress", "set_activations": "nn"}
 _HOMES |= {"compress_": "compress", "load": "model", "save": "model"}
