@@ -59,10 +59,12 @@ def compressed(
     embeddings: float | None,
     effort: str,
     rates: dict[str, float] | None = None,
+    calibrate: str | None = None,
 ) -> tuple[Path, str]:
     """(folder of a model at a rate, made if it is not there; a tag of its bytes that names figures measured on it)."""
     tail = "" if embeddings is None else f"-e{embeddings:g}"
     tail += "-mixed" if rates else ""
+    tail += "-calibrated" if calibrate else ""
     folder = RUNS / f"{name}-{bits:g}{tail}-{effort}"
     try:
         sound = checkpoint.is_ours(folder) and checkpoint.verify(folder).ok
@@ -77,6 +79,7 @@ def compressed(
                 embeddings_bits=embeddings,
                 rates=rates,
                 effort=effort,
+                calibrate=calibrate,
                 progress=lambda e: steps(e.done, e.total, e.name) if e.stage == "encode" else None,
             )
     digest = hashlib.sha256("".join(sorted(p.name for p in folder.iterdir())).encode())
@@ -156,7 +159,8 @@ def minilm(quick: bool, rates: Sequence[float]) -> None:
     rows = []
     settings: list[dict[str, Any]] = [{"bits": bits, "embeddings": None} for bits in rates]
     if 2.0 in rates:
-        settings.append({"bits": MIXED["bits"], "embeddings": MIXED["embeddings_bits"], "rates": MIXED["rates"]})
+        mixed = {"bits": MIXED["bits"], "embeddings": MIXED["embeddings_bits"], "rates": MIXED["rates"]}
+        settings += [mixed, *({**one, "calibrate": "random"} for one in ({"bits": 2.0, "embeddings": None}, mixed))]
     for chosen in settings:
         folder, tag = compressed("minilm", source, effort=effort, **chosen)
         stored, count = profile.files(folder).weights, weights_of(folder)
@@ -166,7 +170,8 @@ def minilm(quick: bool, rates: Sequence[float]) -> None:
         peak = store(f"{tag} memory", lambda f=folder: trial.peak_memory(f).model)
         rows.append(
             [
-                "mixed" if "rates" in chosen else f"{chosen['bits']:g}",
+                ("mixed" if "rates" in chosen else f"{chosen['bits']:g}")
+                + (", calibrated" if "calibrate" in chosen else ""),
                 f"{stored:,}",
                 f"{metrics.ratio(stored, count):.2f}",
                 f"{mean_error(folder):.4f}",
@@ -247,17 +252,17 @@ def gpt(quick: bool, rates: Sequence[float]) -> None:
     rows = [["dense", "", f"{profile.files(source).weights:,}", "1", "0", f"{base:.2f}", "", ""]]
     works: list[str] = []
     for bits in rates:
-        for embeddings in (None, 4.0):
-            if bits == 4.0 and embeddings is not None:
+        for embeddings, calibrate in ((None, None), (4.0, None), (None, "random"), (4.0, "random")):
+            if (bits == 4.0 and embeddings is not None) or (bits != 2.0 and calibrate):
                 continue
-            folder, tag = compressed("gpt", source, bits, embeddings, effort)
+            folder, tag = compressed("gpt", source, bits, embeddings, effort, calibrate=calibrate)
             stored = profile.files(folder).weights
             exact = store(f"{tag} quality", lambda f=folder: quality(trial.load(f)))
             fast = store(f"{tag} speed", lambda f=folder: speeds(f, dense, tokenizer))
             works = list(fast)
             rows.append(
                 [
-                    f"{bits:g}",
+                    f"{bits:g}" + (", calibrated" if calibrate else ""),
                     f"{embeddings or bits:g}",
                     f"{stored:,}",
                     f"{metrics.ratio(stored, weights_of(folder)):.2f}",
