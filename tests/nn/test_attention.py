@@ -57,8 +57,8 @@ MASKS: dict[str, dict[str, Any]] = {
     "padding": {"key_padding_mask": torch.tensor([[False, False, True, True, False], [False] * 5])},
     "padding-float": {"key_padding_mask": torch.tensor([[0.0, -1.0, 2.0, 0.0, 0.0], [0.0] * 5])},
     "mask": {"attn_mask": torch.ones(4, 5).triu(2).bool()},
-    "mask-float": {"attn_mask": torch.linspace(-2, 2, 20).reshape(4, 5)},
-    "mask-heads": {"attn_mask": torch.linspace(-2, 2, 80).reshape(4, 4, 5)},
+    "mask-float": {"attn_mask": torch.arange(20.0).square().sin().reshape(4, 5)},
+    "mask-heads": {"attn_mask": torch.arange(80.0).square().sin().reshape(4, 4, 5)},
     "both": {
         "attn_mask": torch.ones(4, 5).triu(2).bool(),
         "key_padding_mask": torch.tensor([[False] * 3 + [True] * 2, [False] * 5]),

@@ -76,6 +76,14 @@ def test_every_format(format: str, kernel: Any) -> None:
     check(layer, torch.randn(2, 6, 5, 6))
 
 
+@pytest.mark.parametrize(
+    "settings", [{"kernel_size": (4, 1), "padding": "same"}, {"kernel_size": 3, "padding": (3, 1)}]
+)
+def test_sides_are_padded_apart(settings: dict[str, Any]) -> None:
+    layer = rbe.nn.Conv2d(6, 5, padding_mode="reflect", **settings, **OPEN["radial"])
+    check(layer, torch.randn(2, 6, 7, 5))
+
+
 def test_fresh_kernels_have_torchs_size() -> None:
     torch.manual_seed(0)
     ours, theirs = rbe.nn.Conv2d(32, 64, 3, format="packed128"), nn.Conv2d(32, 64, 3)

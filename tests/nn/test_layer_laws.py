@@ -83,9 +83,7 @@ def test_open_points_stay_exact_through_bfloat16(name: str) -> None:
         assert n not in before or torch.equal(p, before[n])
 
 
-@pytest.mark.parametrize(
-    ("name", "format"), [("feedforward", "radial"), ("conv2d", "packed64")]
-)
+@pytest.mark.parametrize(("name", "format"), [("feedforward", "radial"), ("conv2d", "packed64")])
 def test_compiled_layers_compute_the_same(name: str, format: str) -> None:
     layer, x = make(name, format)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)

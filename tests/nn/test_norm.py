@@ -89,7 +89,18 @@ def test_the_printed_forms(options: dict[str, object]) -> None:
     rms = rbe.nn.RMSNorm(6, 0.1, parameters="seed", **options)  # type: ignore[arg-type]
     assert rms.weight_seed is not None
     assert close(rms(x), rms.weight_seed.weight[:, 0] * x / (x.square().mean(-1, keepdim=True).sqrt() + 0.1))
-    assert bool(norm.gain().sum() > 0)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("options", [{"format": "packed64", "mode": "faithful"}, OPEN["faithful"]])
+def test_a_fresh_printed_gain_is_about_one(options: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    for seed in range(12):
+        norm = rbe.nn.LayerNorm(6, parameters="seed", **options)  # type: ignore[arg-type]
+        if seed > 9 and norm.weight_seed is not None:
+            norm.weight_seed.freeze()
+            norm.reset_parameters()
+        gain = norm.gain()
+        assert gain is not None and bool((gain - 1).abs().max() < 0.2)
 
 
 def test_fresh_norms_are_nearly_plain() -> None:

@@ -14,6 +14,7 @@ from rbe.nn.position import sinusoids
 @pytest.mark.parametrize("d_model", [6, 7])
 def test_sinusoids_are_the_printed_formula(d_model: int) -> None:
     table = sinusoids(torch.arange(9), d_model)
+    assert table.shape == (9, d_model)
     for p in range(9):
         for k in range(d_model):
             angle = p / 10000 ** (2 * (k // 2) / d_model)

@@ -120,7 +120,7 @@ def test_steps_of_stacks_equal_the_full_pass(format: str, norm_first: bool) -> N
         memory, cache = encoder(source), decoder.new_cache()
         steps = [decoder(x[:, t : t + 1], memory, tgt_is_causal=True, cache=cache) for t in range(4)]
         assert close(torch.cat(steps, 1), decoder(x, memory, tgt_is_causal=True))
-        assert cache[1].length == 4
+        assert (cache[1].length, cache[1].cross.length) == (4, 3)
 
 
 def test_copies_of_a_block_draw_seeds_of_their_own() -> None:
@@ -128,6 +128,8 @@ def test_copies_of_a_block_draw_seeds_of_their_own() -> None:
     first, second = TransformerEncoder(block("radial", False, False), 2).layers
     assert not torch.equal(first.attention.q[0].radius, second.attention.q[0].radius)
     assert bool((second.norm1.gain() - 1).abs().max() < 0.1)
+    printed = TransformerBlock(8, 2, 12, bias="seed", **OPEN["faithful"])
+    assert all(bool(copy.norm1.gain().sum() > 0) for copy in TransformerEncoder(printed, 8).layers)
     given = [block("radial", False, False), block("radial", False, False)]
     assert list(TransformerEncoder(given).layers) == given
 

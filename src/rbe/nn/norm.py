@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rbe.errors import RbeError
+from rbe.formats import packed128
 from rbe.nn.conv import Conv1d, Conv2d
 from rbe.nn.linear import Linear
 from rbe.nn.options import Options, check_names, factory, seeded_vector
@@ -61,8 +62,7 @@ class Affine(nn.Module):
             if seed is not None:
                 seed.reset_parameters()
         if self.printed and self.weight_seed is not None and not self.weight_seed.scale.is_meta:
-            with torch.no_grad():  # a gain of -1 would do as well, but nobody expects it
-                self.weight_seed.scale.mul_(self.weight_seed().sum().sign())
+            _level(self.weight_seed)
 
     def gain(self) -> Tensor | None:
         """The gain in the shape that is normalised, None where there is none."""
@@ -83,6 +83,20 @@ class Affine(nn.Module):
         """Shape and settings."""
         kind = "seed" if self.weight_seed is not None or self.bias_seed is not None else "dense"
         return f"{self.shape}, eps={self.eps}, parameters={kind}{', as printed' if self.printed else ''}"
+
+
+def _level(vector: SeededVector) -> None:
+    """Turn fresh values into a gain of about 1.
+
+    A faithful packed128 makes a vector from cos or sin of q times an angle that is the same in each half: it may be +1
+    in one half and -1 in the other, or 0 throughout. With q = 0 it is constant.
+    """
+    with torch.no_grad():
+        if vector.spec.format == "packed128":
+            code = vector.code if vector.trainable else vector.seeds[:, ::2]
+            fields = packed128.fields(code)
+            code.copy_(packed128.code_of(**{**fields, "basis_sel": torch.zeros_like(code)}))
+        vector.scale.div_(vector().mean())
 
 
 def _check_tail(layer: Affine, x: Tensor) -> None:

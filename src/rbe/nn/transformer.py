@@ -159,7 +159,7 @@ def _stack(
             raise RbeError(f"{name}: num_layers {num_layers} is not positive; one block is copied so often")
         layers = [copy.deepcopy(layer) for _ in range(num_layers)]
         for block in layers[1:]:
-            # Children first: a norm puts its gain around 1 after its vector has drawn new seeds.
+            # Children first: a printed norm turns its gain positive after its vector has drawn new seeds.
             for module in reversed(list(block.modules())):
                 if callable(reset := getattr(module, "reset_parameters", None)):
                     reset()
