@@ -190,7 +190,7 @@ def test_progress_ends_at_all_weights_and_may_stop_the_search() -> None:
     seen: list[tuple[int, int]] = []
     encode(gaussian(64, 64), format="packed128", effort="fast", progress=lambda *now: seen.append(now))
     done = [d for d, _ in seen]
-    assert done == sorted(done) and seen[-1] == (4096, 4096)
+    assert done == sorted(done) and done[0] < 4096 and seen[-1] == (4096, 4096)
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt

@@ -108,8 +108,10 @@ def test_beam_weighs_states_as_the_definition_does(mode: str) -> None:
     other = Problem(
         problem.blocks.with_values(gaussian(*problem.blocks.values.shape) * problem.blocks.exists), problem.code
     )
-    known, size = _Waves(other, radius[:, 0], angle[:, 0])(problem.code)
-    amplitude = 2.0 * packed128.fields(problem.code)["geo_amp"].double() / 4095 - 1
+    code = problem.code ^ (torch.arange(len(radius)) % 2 << 37)[:, None]  # cosines and sines
+    other = Problem(other.blocks, code)
+    known, size = _Waves(other, radius[:, 0], angle[:, 0])(code)
+    amplitude = 2.0 * packed128.fields(code)["geo_amp"].double() / 4095 - 1
     loss = 1 + (amplitude**2 * size - 2 * amplitude * known)[:, 0] / other.energy()
     assert torch.allclose(loss, other.loss(radius, angle), rtol=1e-9)
 
@@ -155,6 +157,16 @@ def test_blocks_join_again(shape: tuple[int, int], block: int | None) -> None:
     assert torch.equal(join(blocks.values, spec), x)
     assert blocks.exists.sum().item() == x.numel() and len(blocks) == spec.blocks
     assert torch.equal(join(blocks.exists, spec), torch.ones_like(x))
+
+
+def test_chunks_have_one_thread_each_and_leave_torch_as_it_was() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert in_chunks(4, 2, lambda part: torch.get_num_threads(), threads=2) == [1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_error_in_a_chunk_is_raised() -> None:
