@@ -8,9 +8,9 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
 
-LAYERS = ["errors", "shards", "mixing", "disk", "rotation", "formats", "kernels", "outliers", "matrix", "search", "nn", "optim"]
-LAYERS += ["metrics", "calibrate", "allocate", "source", "checkpoint", "compress", "convert", "profile"]
-LAYERS += ["evaluate", "sampling"]
+LAYERS = ["errors", "shards", "mixing", "disk", "rotation", "formats", "kernels", "outliers", "matrix"]
+LAYERS += ["search", "nn", "optim", "metrics", "calibrate", "allocate", "source", "checkpoint"]
+LAYERS += ["compress", "convert", "profile", "evaluate", "sampling"]
 LEAVES = ["hf", "report", "model", "cli"]
 # Who may reach for a leaf, and only inside a function: the command line, and the whole-model verbs for the plug-in.
 MAY_USE_LEAVES = {"cli": set(LEAVES), "model": {"hf"}}

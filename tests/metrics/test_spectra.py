@@ -28,6 +28,7 @@ MATRICES: dict[str, Callable[[], Tensor]] = {
     "wide": lambda: torch.randn(N, 3 * N, generator=torch.Generator().manual_seed(78), dtype=torch.float64),
     "power law": lambda: rotated(FALLING**-0.7, N),
     "exponential": lambda: rotated(torch.exp(-FALLING / 60), 2 * N),
+    "large columns": lambda: MATRICES["gaussian"]() * (1 + 5 * (FALLING <= 8)),
     "low rank": lambda: rotated((FALLING <= 20).double(), N),
     "outliers": lambda: MATRICES["gaussian"]() + 300 * rotated((FALLING <= 2).double(), N),
 }
@@ -62,7 +63,7 @@ def test_estimated_values_are_within_the_stated_error(pair: tuple[Case, Case]) -
         assert found.values.shape == exact.shape
         assert bool((found.values.diff() <= 0).all())
         true = ((found.values - exact).norm() / exact.norm()).item()
-        assert true <= found.error + 1e-12 and found.error < 0.05
+        assert 2 * true <= found.error + 1e-12 and found.error < 0.08
         # The energy is kept whole.
         torch.testing.assert_close(found.values.norm(), exact.norm())
 
