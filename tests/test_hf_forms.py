@@ -107,6 +107,16 @@ def test_open_seeds_are_saved_packed(case: tuple[dict[str, Any], Any, Path], tmp
     assert checkpoint.read_fingerprint(tmp_path / "sealed") is not None
 
 
+def test_a_live_model_remembers_how_it_was_encoded(tmp_path: Path) -> None:
+    model = read(gpt2(tmp_path / "dense"))
+    rbe.compress_(model, effort="fast", format="packed128", block=8, stages=2, outliers=0.01)
+    rbe.save(model, tmp_path / "seeds")
+    again = rbe.load(tmp_path / "seeds", activations="int8")
+    assert (logits(again) - logits(model)).norm() < 0.05 * logits(model).norm()
+    about = again.config.quantization_config
+    assert (about.format, about.block, about.stages, about.outliers, about.bits) == ("packed128", 8, 2, 0.01, 4.0)
+
+
 def test_a_radius_outside_of_the_disk_is_named_while_loading(tmp_path: Path) -> None:
     config = rbe.hf.RbeConfig(format="packed128", effort="fast", include=["*c_fc"])
     read(gpt2(tmp_path / "dense"), quantization_config=config).save_pretrained(tmp_path / "seeds")

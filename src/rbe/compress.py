@@ -188,6 +188,7 @@ def compress_(
         # A transformers model: what `save_pretrained` writes must say how to read it.
         about = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "bits": usual_rate(bits, form)}
         about |= {"effort": effort, **(form if formats.is_disk(format) else {})}
+        about |= {"outliers": outliers} if outliers else {}
         model.config.quantization_config = {**about, "modules": swap.describe(model)}  # type: ignore[union-attr]
     return plan
 

@@ -338,6 +338,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def attach(model: Any, **settings: Any) -> None:
     """Treat a model swapped after loading as one loaded so: `save_pretrained` and `dequantize` then work."""
+    about = getattr(model.config, "quantization_config", None)
+    if isinstance(about, dict) and about.get("quant_method") == METHOD:
+        settings = {**{k: v for k, v in about.items() if k not in ("quant_method", "modules")}, **settings}
     config = RbeConfig(modules=swap.describe(model), **settings)
     quantizer = RbeQuantizer(config, pre_quantized=True)
     model.is_quantized = True

@@ -69,12 +69,12 @@ class Outliers:
     def taken_from(self, dense: Tensor) -> Tensor:
         """A dense (rows, columns) matrix less what the outliers hold of it: what is left for the seeds."""
         flat = dense.detach().reshape(-1).clone()
-        flat[self._flat] -= self.values.to(flat.dtype)
+        flat[self._places[0]] -= self.values.to(flat.dtype)
         return flat.reshape(self.shape)
 
     def add_to(self, dense: Tensor) -> Tensor:
         """The sum with a dense (rows, columns) matrix."""
-        return dense.reshape(-1).scatter_add(0, self._flat, self.values.to(dense.dtype)).reshape(self.shape)
+        return dense.reshape(-1).scatter_add(0, self._places[0], self.values.to(dense.dtype)).reshape(self.shape)
 
     def product(self, x: Tensor) -> Tensor:
         """The product with x (..., columns): (..., rows), in float32 or wider."""
@@ -82,43 +82,32 @@ class Outliers:
         y = x.new_zeros((*x.shape[:-1], self.shape[0]))
         step = max(1, _AT_ONCE // max(1, x[..., 0].numel()))
         values = self.values.to(x.dtype)
+        _, rows, columns, _, _ = self._places
         for k in range(0, len(values), step):
-            part = x[..., self._columns[k : k + step]] * values[k : k + step]
-            y = y.scatter_add(-1, self._rows[k : k + step].expand(part.shape), part)
+            part = x[..., columns[k : k + step]] * values[k : k + step]
+            y = y.scatter_add(-1, rows[k : k + step].expand(part.shape), part)
         return y
 
     def add_to_rows(self, rows: Tensor, index: Tensor) -> Tensor:
         """The sum with rows (*index.shape, columns) of a dense matrix."""
+        _, _, columns, starts, most = self._places
         at = index.reshape(-1, 1)
-        place = self._starts[at] + torch.arange(self._most, device=index.device)
-        valid = place < self._starts[at + 1]
+        place = starts[at] + torch.arange(most, device=index.device)
+        valid = place < starts[at + 1]
         place = place.clamp_max(max(0, len(self.values) - 1))
         values = torch.where(valid, self.values[place].to(rows.dtype), 0.0)
         flat = rows.reshape(at.shape[0], self.shape[1])
-        return flat.scatter_add(1, self._columns[place], values).reshape(rows.shape)
+        return flat.scatter_add(1, columns[place], values).reshape(rows.shape)
 
     @cached_property
-    def _flat(self) -> Tensor:
-        return self.index.long()
-
-    @cached_property
-    def _rows(self) -> Tensor:
-        return self._flat // self.shape[1]
-
-    @cached_property
-    def _columns(self) -> Tensor:
-        return self._flat % self.shape[1]
-
-    @cached_property
-    def _starts(self) -> Tensor:
-        """Where the outliers of each row begin; one more at the end."""
-        ends = torch.arange(self.shape[0] + 1, device=self.index.device) * self.shape[1]
-        return torch.searchsorted(self._flat, ends)
-
-    @cached_property
-    def _most(self) -> int:
-        """Outliers in the fullest row."""
-        return int(self._starts.diff().max())
+    def _places(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """(positions, rows, columns, where the outliers of each row begin and the last end, most in one row)."""
+        # Made in the midst of inference they would otherwise be of no use to autograd later.
+        with torch.inference_mode(False):
+            flat = self.index.long()
+            ends = torch.arange(self.shape[0] + 1, device=flat.device) * self.shape[1]
+            starts = torch.searchsorted(flat, ends)
+            return flat, flat // self.shape[1], flat % self.shape[1], starts, int(starts.diff().max())
 
     def __len__(self) -> int:
         return len(self.index)
