@@ -83,12 +83,13 @@ def _card(dense: Source, plan: Plan) -> str:
             "import rbe.hf                 # without this line transformers would fill the layers with random weights\n"
         )
         load += f'from transformers import {name}\n\nmodel = {name}.from_pretrained("this-folder")'
-    rates = sorted({f"{entry.spec.bits:g}" for entry in plan.seeded if entry.spec is not None})
+    rates = sorted({entry.format for entry in plan.seeded})
+    rates = rates if len(rates) < 4 else ["various rates"]
     share = sum(entry.weights for entry in plan.seeded) / max(1, plan.weights)
     return (
         f"# {dense.name}, stored as seeds\n\n"
         f"{len(plan.seeded)} matrices with {100 * share:.1f} % of the {plan.weights:,} numbers of `{dense.name}` "
-        f"are stored at {', '.join(rates)} bits each and generated where they are used. The rest is as it was.\n\n"
+        f"are stored as {', '.join(rates)} and generated where they are used. The rest is as it was.\n\n"
         f"```python\n{load}\n```\n\n"
         "`rbe inspect` shows what is inside, `rbe verify` checks that it is intact and that the model answers as it\n"
         "did, `rbe decompress` writes an ordinary dense model again.\n"
