@@ -104,3 +104,7 @@ def test_bad_trees_are_refused() -> None:
         QuadTree.from_tensors({"seeds": tensors["seeds"]}, tree.spec)
     with pytest.raises(RbeError, match="quad-tree"):
         replace(tree, levels=tree.levels[1:])
+
+
+def test_cells_beyond_the_matrix_do_not_split_a_block() -> None:
+    assert leaves(QuadTree.fit(torch.full((40, 50), 0.5), epsilon=0.01, largest=32, effort="fast")) == [4, 0, 0, 0]
