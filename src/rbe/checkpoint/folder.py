@@ -211,9 +211,7 @@ def specs(config: Mapping[str, Any]) -> dict[str, tuple[SeedSpec, dict[str, Any]
     return found
 
 
-def expected(
-    module: str, spec: SeedSpec, row_scale: bool, outliers: int = 0
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+def expected(module: str, spec: SeedSpec, row_scale: bool, outliers: int = 0) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Names, dtypes and shapes of the tensors of a module with so many outliers.
 
     >>> expected("a", SeedSpec("trellis", (40, 33), bits=2.0), row_scale=False)

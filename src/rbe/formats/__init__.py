@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from rbe.errors import RbeError
-from rbe.formats import packed64, packed128, trellis
+from rbe.formats import outer128, packed64, packed128, trellis
 from rbe.formats.spec import SeedSpec
 
 __all__ = ["DISK_FORMATS", "FORMATS", "DiskFormat", "SeedFormat", "SeedSpec", "disk", "get", "is_disk", "make_spec"]
@@ -33,6 +33,9 @@ class SeedFormat(Protocol):
 class DiskFormat(SeedFormat, Protocol):
     """A format around points of the Poincare disk, which can be trained: discrete code, radius and angle."""
 
+    # Whether the discrete bits are signs that gradients train, through latent numbers.
+    SIGNS: bool
+
     def code_words(self, spec: SeedSpec, /) -> int:
         """Words of discrete bits a block."""
 
@@ -49,7 +52,7 @@ class DiskFormat(SeedFormat, Protocol):
         """dW/dr and dW/dtheta, each (blocks, stages, h, w)."""
 
 
-DISK_FORMATS: dict[str, DiskFormat] = {"packed64": packed64, "packed128": packed128}
+DISK_FORMATS: dict[str, DiskFormat] = {"packed64": packed64, "packed128": packed128, "outer128": outer128}
 FORMATS: dict[str, SeedFormat] = {"trellis": trellis, **DISK_FORMATS}
 
 
@@ -81,7 +84,7 @@ def disk(name: str) -> DiskFormat:
     """
     if name not in DISK_FORMATS:
         raise RbeError(
-            f"format {name!r} has no radius and angle; {' and '.join(DISK_FORMATS)} have, and can be trained by them"
+            f"format {name!r} has no radius and angle; {', '.join(DISK_FORMATS)} have, and can be trained by them"
         )
     return DISK_FORMATS[name]
 

@@ -90,3 +90,15 @@ class Layout:
                 rows.append(f"| {index} | [{high - 1}:{high - f.width}] | {f.name} | {f.meaning} |")
                 high -= f.width
         return "\n".join(rows)
+
+
+def split_floats(word: Tensor) -> tuple[Tensor, Tensor]:
+    """The two float32 numbers of a word int64 (...): bits [63:32] and [31:0], (...) each."""
+    halves = torch.stack([word >> 32, word], -1).to(torch.int32).view(torch.float32)
+    return halves[..., 0].contiguous(), halves[..., 1].contiguous()
+
+
+def join_floats(high: Tensor, low: Tensor) -> Tensor:
+    """The inverse of `split_floats`: float32 (...), (...) to int64 (...)."""
+    upper, lower = (part.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF for part in (high, low))
+    return (upper << 32) | lower

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from rbe.disk import check_angle, check_radius
 from rbe.errors import RbeError
-from rbe.formats.fields import Field, Layout
+from rbe.formats.fields import Field, Layout, join_floats, split_floats
 from rbe.formats.spec import SeedSpec
 
 VERSION = 1
+SIGNS = False
 MODES = ("radial", "faithful")
 STEPS = 20
 # The steps stretch every vector by this much, whatever their signs.
@@ -93,9 +94,7 @@ def code_of(quadrant: Tensor, hyp_freq: Tensor, geo_amp: Tensor, basis_sel: Tens
 def split(seeds: Tensor, spec: SeedSpec) -> tuple[Tensor, Tensor, Tensor]:
     """The parts of seeds int64 (blocks, words): code int64, radius and angle float32, each (blocks, stages)."""
     pairs = seeds.reshape(seeds.shape[0], spec.stages, 2)
-    code, lo = pairs[..., 0], pairs[..., 1]
-    halves = torch.stack([lo >> 32, lo], -1).to(torch.int32).contiguous().view(torch.float32)
-    return code.contiguous(), halves[..., 0].contiguous(), halves[..., 1].contiguous()
+    return pairs[..., 0].contiguous(), *split_floats(pairs[..., 1])
 
 
 def join(code: Tensor, radius: Tensor, angle: Tensor, spec: SeedSpec) -> Tensor:
@@ -107,8 +106,7 @@ def join(code: Tensor, radius: Tensor, angle: Tensor, spec: SeedSpec) -> Tensor:
     r, theta = radius.detach().to(torch.float32), angle.detach().to(torch.float32)
     check_radius(r, "packed128: radius")
     check_angle(theta, "packed128: angle")
-    high, low = (part.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF for part in (r, theta))
-    return torch.stack([code, (high << 32) | low], -1).reshape(code.shape[0], words(spec))
+    return torch.stack([code, join_floats(r, theta)], -1).reshape(code.shape[0], words(spec))
 
 
 @cache

@@ -22,6 +22,7 @@ from rbe.formats.spec import SeedSpec
 from rbe.mixing import fmix32
 
 VERSION = 1
+SIGNS = False
 PRECISIONS = (32, 64)
 # Strength of the spatial modulation, and the constant that the row index is mixed with.
 MODULATION = 0.1

@@ -65,7 +65,7 @@ def precision(tensors: Tensors, *others: Tensor) -> torch.dtype:
 
 def in_cpp(spec: SeedSpec, tensors: Tensors) -> bool:
     """Whether the C++ kernels take this matrix, where a call's precision allows it."""
-    return tensors.seeds.device.type == "cpu" and precision(tensors) == torch.float32
+    return spec.format != "outer128" and tensors.seeds.device.type == "cpu" and precision(tensors) == torch.float32
 
 
 def contiguous(tensors: Tensors) -> Tensors:

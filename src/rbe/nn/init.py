@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from rbe import formats
-from rbe.formats import SeedSpec, packed128
+from rbe.formats import SeedSpec, outer128, packed128
 
+# Size of fresh latents, a few steps of an optimizer.
+LATENT = 0.03
 # Cells of a block that are generated to measure the size of random weights.
 _SAMPLE = 64
 
@@ -20,14 +22,18 @@ def fresh_points(spec: SeedSpec) -> tuple[Tensor, Tensor, Tensor]:
     >>> code.shape, radius.shape, bool((radius < 1).all())
     (torch.Size([4, 1]), torch.Size([4, 1]), True)
 
-    Radii are uniform over the area of a disk inside the rim, where every gradient is alive; the discrete bits of
-    packed128 are uniform, except that the amplitude stays away from 0 and, in faithful mode, alpha below 1: at alpha
-    = 10 one block in four would be thousands of times the others.
+    packed64 and packed128: radii are uniform over the area of a disk inside the rim, where every gradient is alive; the
+    discrete bits are uniform, except that the amplitude stays away from 0 and, in faithful mode, alpha below 1: at
+    alpha = 10 one block in four would be thousands of times the others. outer128: random signs, all terms as strong.
 
     Returns:
         code int64 (blocks, stages or 0); radius in [0.1, 0.9] and angle in [-pi, pi), float32 (blocks, stages).
     """
     shape = (spec.blocks, spec.stages)
+    if spec.format == "outer128":
+        two = outer128.terms(spec) == 2
+        radius = torch.full(shape, math.tanh(0.5 * math.sqrt(2.0 if two else 1.0)))
+        return torch.randint(-(1 << 63), (1 << 63) - 1, shape), radius, torch.full(shape, math.pi / 4 if two else 0.0)
     radius = (0.01 + 0.8 * torch.rand(shape)).sqrt()
     angle = (2.0 * torch.rand(shape) - 1.0) * math.pi
     if spec.format != "packed128":
@@ -42,6 +48,14 @@ def fresh_points(spec: SeedSpec) -> tuple[Tensor, Tensor, Tensor]:
         cordic_seq=torch.randint(0, 1 << 32, shape),
     )
     return code, radius, angle
+
+
+def fresh_latents(signs: Tensor) -> Tensor:
+    """Latent numbers of given signs (...): small, because only what crosses zero changes a sign.
+
+    With latents as large as weights the signs stay where they started (sign lock-in).
+    """
+    return signs * (LATENT * torch.randn(signs.shape).abs())
 
 
 def unit_scale(spec: SeedSpec, code: Tensor, radius: Tensor, angle: Tensor) -> float:

@@ -1,22 +1,25 @@
 """What every seed layer shares: stored tensors of fixed dtype, and a weight that exists only while asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rbe import formats, kernels
 from rbe.disk import check_angle, check_radius
 from rbe.errors import RbeError
-from rbe.formats import SeedSpec
+from rbe.formats import SeedSpec, outer128
+from rbe.kernels import outer
 from rbe.matrix import SeedMatrix
-from rbe.nn.init import fresh_points, unit_scale
+from rbe.nn.init import LATENT, fresh_latents, fresh_points, unit_scale
 from rbe.outliers import BYTES, Outliers
 
 ACTIVATIONS = ("float32", "int8")
-_STORED = ("seeds", "scale", "row_scale", "code", "radius", "angle", "outlier_index", "outlier_values")
-_OPEN = ("code", "radius", "angle")
+_STORED = ("seeds", "scale", "row_scale", "code", "latent", "radius", "angle", "outlier_index", "outlier_values")
 # Beside the version of a module in the metadata of a state dict.
 _SPEC = "rbe.spec"
 
@@ -26,8 +29,10 @@ class Seeded(nn.Module):
 
     * Frozen, as files are: buffers `seeds`, `scale` and `row_scale`.
     * Open, to be trained; formats with a radius and an angle only: Parameters `radius`, `angle` (blocks, stages) and
-      `scale`, and the buffer `code` that holds the discrete bits. The gradients are sums over dL/dW dW/d(r, theta),
-      made without a dense matrix. A radius that a step took out of [0, 1) is refused at the next use: project it back.
+      `scale`. The discrete bits are the buffer `code`, or, in outer128, the signs of the Parameter `latent` (blocks,
+      stages, 64), whose gradient is that of its signs (straight through). The gradients are sums over
+      dL/dW dW/d(r, theta), made without a dense matrix. A radius that a step took out of [0, 1) is refused at the next
+      use: project it back.
 
     It deliberately does not derive from torch's layers: tools that edit `weight` in place would edit a temporary.
 
@@ -46,6 +51,7 @@ class Seeded(nn.Module):
     scale: Tensor
     row_scale: Tensor | None
     code: Tensor
+    latent: Tensor
     radius: Tensor
     angle: Tensor
     outlier_index: Tensor | None
@@ -73,6 +79,8 @@ class Seeded(nn.Module):
         self.activations = "float32"
         self._prepared: kernels.Prepared | None = None
         self._outliers: Outliers | None = None
+        # Set by `listening`: what is to hear of the gradient of the dense matrix.
+        self._listener: Callable[[Tensor], None] | None = None
         # A tuple hides the owner from torch's registry: it is not a submodule, so state dicts and sizes count it once.
         self._owner: tuple[Seeded, ...] = () if owner is None else (owner,)
         if owner is not None:
@@ -100,7 +108,12 @@ class Seeded(nn.Module):
 
     def _open(self, code: Tensor, radius: Tensor, angle: Tensor, scale: Tensor) -> None:
         """Register the tensors of the open state."""
-        self.register_buffer("code", code)
+        if formats.disk(self.spec.format).SIGNS:
+            signs = torch.empty((*code.shape, 64), device=code.device)
+            signs = signs if code.is_meta else outer128.sign_bits(code, self.spec)
+            self.register_parameter("latent", nn.Parameter(LATENT * signs))
+        else:
+            self.register_buffer("code", code)
         self.register_parameter("radius", nn.Parameter(radius))
         self.register_parameter("angle", nn.Parameter(angle))
         self.register_parameter("scale", nn.Parameter(scale))
@@ -115,7 +128,10 @@ class Seeded(nn.Module):
                 code, radius, angle = fresh_points(self.spec)
                 self.scale.fill_(size * unit_scale(self.spec, code, radius, angle))
                 if self.trainable:
-                    self.code.copy_(code)
+                    if formats.disk(self.spec.format).SIGNS:
+                        self.latent.copy_(fresh_latents(outer128.sign_bits(code, self.spec)))
+                    else:
+                        self.code.copy_(code)
                     self.radius.copy_(radius)
                     self.angle.copy_(angle)
                 else:
@@ -153,7 +169,7 @@ class Seeded(nn.Module):
             del owner.seeds, owner.scale
             owner._open(code, radius.to(torch.float32), angle.to(torch.float32), scale.clone())
             # The order in which files and optimizers see them: those of the seeds first.
-            for name in [n for n in owner._parameters if n not in ("radius", "angle", "scale")]:
+            for name in [n for n in owner._parameters if n not in ("latent", "radius", "angle", "scale")]:
                 owner._parameters[name] = owner._parameters.pop(name)
             owner._prepared = None
         return self
@@ -167,7 +183,9 @@ class Seeded(nn.Module):
         owner = self.owner
         if owner.trainable:
             matrix = owner.matrix
-            del owner.code, owner.radius, owner.angle, owner.scale
+            for name in ("code", "latent", "radius", "angle", "scale"):
+                if name in owner._parameters or name in owner._buffers:
+                    delattr(owner, name)
             owner.register_buffer("seeds", matrix.seeds)
             owner.register_buffer("scale", matrix.scale)
             owner._prepared = None
@@ -187,7 +205,7 @@ class Seeded(nn.Module):
         """
         if self.trainable:
             with torch.no_grad():
-                seeds = formats.disk(self.spec.format).join(self.code, self.radius, self.angle, self.spec)
+                seeds = formats.disk(self.spec.format).join(self.read_code(), self.radius, self.angle, self.spec)
                 return SeedMatrix(self.spec, seeds, self.scale.detach().clone(), self.row_scale, self.outliers)
         return SeedMatrix(self.spec, self.seeds, self.scale, self.row_scale, self.outliers)
 
@@ -222,36 +240,87 @@ class Seeded(nn.Module):
 
     def generator(self) -> Callable[[], Tensor]:
         """What makes `dense`, from the tensors that the module has now, whatever it has when it is called."""
-        tensors = self._open_tensors() if self.trainable else (self.seeds, self.scale, self.row_scale)
-        spec, outliers = self.spec, self.outliers
+        spec, outliers, listener = self.spec, self.outliers, self.owner._listener
+        decode: Callable[[], Tensor]
+        if not self.trainable:
+            decode = partial(kernels.decode, spec, self.seeds, self.scale, self.row_scale)
+        else:
+            bits, scale, row_scale, radius, angle = self._open_tensors()
+            if formats.disk(spec.format).SIGNS:
+                decode = partial(outer.decode, bits, radius, angle, scale, row_scale, spec)
+            else:
+                decode = partial(kernels.decode, spec, bits, scale, row_scale, radius, angle)
 
         def generate() -> Tensor:
-            dense = kernels.decode(spec, *tensors)
+            dense = decode()
+            if listener is not None and dense.requires_grad:
+                dense.register_hook(listener)
             return dense if outliers is None else outliers.add_to(dense)
 
         return generate
 
+    @contextmanager
+    def listening(self, listener: Callable[[Tensor], None]) -> Iterator[None]:
+        """While inside, every backward pass tells the listener its gradient of the dense matrix (rows, columns).
+
+        For searches among discrete bits, which have no derivative of their own. The dense matrix exists meanwhile.
+        """
+        self.owner._listener = listener
+        try:
+            yield
+        finally:
+            self.owner._listener = None
+
     def multiply(self, x: Tensor) -> Tensor:
         """The product of x (..., columns) with the matrix: (..., rows) in x's dtype."""
+        if self.owner._listener is not None:
+            return functional.linear(x, self.dense().to(x.dtype))
         if not self.trainable:
             y = self._ready().matmul(x, self.activations)
         else:
-            code, scale, row_scale, radius, angle = self._open_tensors()
-            y = kernels.seed_matmul(x, self.spec, code, scale, row_scale, self.activations, radius, angle)
+            bits, scale, row_scale, radius, angle = self._open_tensors()
+            if formats.disk(self.spec.format).SIGNS:
+                y = outer.matmul(x, bits, radius, angle, scale, row_scale, self.spec)
+            else:
+                y = kernels.seed_matmul(x, self.spec, bits, scale, row_scale, self.activations, radius, angle)
         outliers = self.outliers
         return y if outliers is None else (y + outliers.product(x)).to(y.dtype)
 
     def look_up(self, index: Tensor) -> Tensor:
         """Rows of the matrix: (*index.shape, columns) float32."""
-        rows = kernels.rows(index, self.spec, *self._open_tensors()) if self.trainable else self._ready().rows(index)
+        if self.owner._listener is not None:
+            return self.dense()[index]
+        if not self.trainable:
+            rows = self._ready().rows(index)
+        else:
+            bits, scale, row_scale, radius, angle = self._open_tensors()
+            if formats.disk(self.spec.format).SIGNS:
+                rows = outer.rows(index, bits, radius, angle, scale, row_scale, self.spec)
+            else:
+                rows = kernels.rows(index, self.spec, bits, scale, row_scale, radius, angle)
         outliers = self.outliers
         return rows if outliers is None else outliers.add_to_rows(rows, index)
 
     def _open_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        """(code, scale, row_scale, radius, angle), as the kernels take them."""
+        """(code or signs, scale, row_scale, radius, angle), as the kernels take them."""
         check_radius(self.radius, "radius of a layer")
         check_angle(self.angle, "angle of a layer")
-        return self.code, self.scale, self.row_scale, self.radius, self.angle
+        bits = signs_of(self.latent) if formats.disk(self.spec.format).SIGNS else self.code
+        return bits, self.scale, self.row_scale, self.radius, self.angle
+
+    def read_code(self) -> Tensor:
+        """The discrete bits of the open state, int64 (blocks, stages or 0)."""
+        if "code" in self.owner._buffers:
+            return self.code
+        return outer128.code_of(self.latent.detach(), self.spec)
+
+    @torch.no_grad()
+    def write_code(self, code: Tensor) -> None:
+        """Change the discrete bits of the open state; a latent whose sign turns keeps its size."""
+        if "code" in self.owner._buffers:
+            self.code.copy_(code)
+        else:
+            self.latent.copy_(self.latent.abs() * outer128.sign_bits(code, self.spec))
 
     def _adopt(self, matrix: SeedMatrix) -> None:
         """Take over the tensors of an encoded matrix."""
@@ -309,16 +378,22 @@ class Seeded(nn.Module):
             return
         definition = formats.disk(self.spec.format)
         if self.trainable and f"{prefix}seeds" in state_dict:
-            parts = definition.split(state_dict.pop(f"{prefix}seeds"), self.spec)
-            state_dict.update({f"{prefix}{name}": part for name, part in zip(_OPEN, parts, strict=True)})
-        elif not self.trainable and all(f"{prefix}{name}" in state_dict for name in _OPEN):
-            code, radius, angle = (state_dict.pop(f"{prefix}{name}") for name in _OPEN)
+            code, radius, angle = definition.split(state_dict.pop(f"{prefix}seeds"), self.spec)
+            bits = {"latent": LATENT * outer128.sign_bits(code, self.spec)} if definition.SIGNS else {"code": code}
+            for name, part in {**bits, "radius": radius, "angle": angle}.items():
+                state_dict[f"{prefix}{name}"] = part
+        elif not self.trainable and all(f"{prefix}{name}" in state_dict for name in ("radius", "angle")):
+            name = "latent" if definition.SIGNS else "code"
+            code, radius, angle = (state_dict.pop(f"{prefix}{name}") for name in (name, "radius", "angle"))
+            code = outer128.code_of(code, self.spec) if definition.SIGNS else code
             state_dict[f"{prefix}seeds"] = definition.join(code, radius, angle, self.spec)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers.get(name) for name in ("scale", "row_scale", "outlier_values")}
         points = {
-            name: p.data for name in ("radius", "angle", "scale") if (p := self._parameters.get(name)) is not None
+            name: p.data
+            for name in ("latent", "radius", "angle", "scale")
+            if (p := self._parameters.get(name)) is not None
         }
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
@@ -346,6 +421,19 @@ class Seeded(nn.Module):
         mode = f", mode={spec.mode}" if spec.mode else ""
         tied = ", tied" if self._owner else ""
         return f"format={spec.format}{mode}, bits={spec.bits:.4g} ({rate:.3g} stored){tied}"
+
+
+def signs_of(latent: Tensor) -> Tensor:
+    """+1 where a latent number is >= 0, else -1; its gradient is passed straight through.
+
+    >>> latent = torch.tensor([0.5, -2.0], requires_grad=True)
+    >>> signs_of(latent).tolist(), torch.autograd.grad(signs_of(latent).sum(), latent)[0].tolist()
+    ([1.0, -1.0], [1.0, 1.0])
+
+    Source: G. Hinton's straight-through estimator, in Y. Bengio et al., arXiv 1308.3432.
+    """
+    hard = torch.where(latent >= 0, 1.0, -1.0).to(latent.dtype)
+    return latent + (hard - latent).detach()
 
 
 class SeededVector(Seeded):

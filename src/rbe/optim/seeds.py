@@ -15,7 +15,7 @@ from rbe.errors import RbeError
 from rbe.nn.seeded import Seeded
 
 # Where seeds are kept after a step: a radius of 0 has no angle, at a radius of 1 nothing moves any more.
-RADII = {"packed64": (1e-6, 0.999), "packed128": (0.01, 0.99)}
+RADII = {"packed64": (1e-6, 0.999), "packed128": (0.01, 0.99), "outer128": (0.0, 0.9999)}
 TURNS = 10.0 * math.pi
 
 

@@ -43,7 +43,7 @@ def encode(
 
     Args:
         W: (rows, columns), rows being outputs as in torch; any real floating dtype, finite.
-        format: "trellis", "packed64" or "packed128".
+        format: "trellis", "packed64", "packed128" or "outer128".
         bits: rate of a trellis, in bits per weight: 0.5 to 4 in steps of a half, 2 when left out. The rate of the other
             formats follows from block and stages.
         effort: "fast", "balanced" or "best". Trellis: 2^12 states, 2^16, or 2^16 from several starting points;

@@ -1,4 +1,4 @@
-"""`encode` for the formats around points of the Poincare disk, `packed64` and `packed128`."""
+"""`encode` for the formats around points of the Poincare disk: `packed64`, `packed128` and `outer128`."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from rbe import formats
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.matrix import SeedMatrix
-from rbe.search import packed64, packed128
+from rbe.search import outer128, packed64, packed128
 from rbe.search.blocks import Blocks, cut, in_chunks
 from rbe.search.packed128 import EFFORTS, Effort
 from rbe.search.proposal import Atoms, stack
@@ -154,13 +154,11 @@ def fit(
         RbeError: the effort or the number of threads is not offered.
     """
     _check(effort, threads)
-    return _fit(blocks, energies, EFFORTS[effort], threads or default_threads(), _Report(blocks, progress))
+    return _fit(blocks, energies, effort, threads or default_threads(), _Report(blocks, progress))
 
 
-def _fit(
-    blocks: Blocks, energies: Tensor | None, effort: Effort, threads: int, report: _Report
-) -> tuple[Tensor, Tensor]:
-    spec, step = blocks.spec, _step(blocks.spec)
+def _fit(blocks: Blocks, energies: Tensor | None, level: str, threads: int, report: _Report) -> tuple[Tensor, Tensor]:
+    spec, step, effort = blocks.spec, _step(blocks.spec), EFFORTS[level]
 
     def pack(part: slice, code: Tensor, radius: Tensor, angle: Tensor) -> Packed:
         seeds = formats.disk(spec.format).join(code, radius, angle, spec)
@@ -182,6 +180,19 @@ def _fit(
             lambda p: pack(p, *packed64.seeds_of(coefficients[p], scale, spec)),
             threads,
             report.share(0.5, 1.0),
+        )
+    elif spec.format == "outer128":
+        terms = in_chunks(
+            len(blocks), step, lambda p: outer128.pursue(blocks.part(p), level), threads, report.share(0.0, _SEARCHING)
+        )
+        signs, factors = (torch.cat(part) for part in zip(*terms, strict=True))
+        scale = outer128.needed_scale(factors)
+        done = in_chunks(
+            len(blocks),
+            step,
+            lambda p: pack(p, *outer128.seeds_of(signs[p], factors[p], scale, spec)),
+            threads,
+            report.share(_SEARCHING, 1.0),
         )
     else:
         atoms = stack(

@@ -1,0 +1,311 @@
+"""HybridAdam: each way of moving points against its formula, bits by transitions, exact resumption, two processes."""
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rbe.errors import RbeError
+from rbe.formats import make_spec, outer128, packed128
+from rbe.nn import Linear
+from rbe.optim import HybridAdam
+from rbe.optim.hybrid import METHODS
+from rbe.optim.transitions import neighbours
+
+FORMATS = ["packed64", "packed128", "outer128"]
+
+
+def layer_with_gradient(format: str, radius: float, angle: float, g: tuple[float, float]) -> Linear:
+    layer = Linear(16, 16, False, format=format)
+    with torch.no_grad():
+        layer.radius.fill_(radius)
+        layer.angle.fill_(angle)
+    layer.radius.grad = torch.full_like(layer.radius, g[0])
+    layer.angle.grad = torch.full_like(layer.angle, g[1])
+    return layer
+
+
+def test_tangent_steps_are_adam_on_the_vector_of_the_tangent_plane() -> None:
+    radius, angle, g = 0.6, 0.8, (0.7, -0.4)
+    layer = layer_with_gradient("packed128", radius, angle, g)
+    optimizer = HybridAdam(layer, lr=0.05, eps=0.0)
+    v = torch.tensor([2 * math.atanh(radius) * f(angle) for f in (math.cos, math.sin)], dtype=torch.float64)
+    v.requires_grad_()
+    # The same function of v: its gradient by autograd, through r = tanh(|v| / 2) and theta = atan2.
+    loss = g[0] * torch.tanh(v.norm() / 2) + g[1] * torch.atan2(v[1], v[0])
+    (gradient,) = torch.autograd.grad(loss, v)
+    expected = v.detach() - 0.05 * gradient.sign()  # Adam's first step
+    optimizer.step()
+    assert layer.radius.item() == pytest.approx(math.tanh(expected.norm().item() / 2), rel=1e-5)
+    assert layer.angle.item() == pytest.approx(math.atan2(expected[1], expected[0]), rel=1e-5)
+
+
+def test_riemannian_steps_cover_the_distance_lr_along_the_gradient() -> None:
+    from rbe import disk
+
+    radius, angle, g = 0.7, -1.2, (0.3, 0.5)
+    layer = layer_with_gradient("packed128", radius, angle, g)
+    HybridAdam(layer, lr=0.05, method="riemannian", eps=0.0).step()
+    x, y = (disk.to_cartesian(torch.tensor(r), torch.tensor(a)).double() for r, a in
+            ((radius, angle), (layer.radius.item(), layer.angle.item())))  # fmt: skip
+    # The first step of Adam with one second moment a point has length lr, here measured by the metric.
+    assert disk.distance(x, y).item() == pytest.approx(0.05, rel=1e-3)
+    outward, around = -g[0], -g[1] / radius
+    slope = torch.tensor([outward * math.cos(angle) - around * math.sin(angle),
+                          outward * math.sin(angle) + around * math.cos(angle)])  # fmt: skip
+    start = disk.log(x, y).float()
+    assert torch.allclose(start / start.norm(), slope / slope.norm(), atol=1e-3)
+
+
+def test_polar_steps_are_those_of_adam_itself() -> None:
+    layer = layer_with_gradient("packed128", 0.5, 0.3, (0.2, -0.9))
+    other = copy.deepcopy(layer)
+    other.radius.grad, other.angle.grad = layer.radius.grad.clone(), layer.angle.grad.clone()
+    adam = torch.optim.Adam([other.radius, other.angle], 0.01)
+    optimizer = HybridAdam(layer, lr=0.01, method="polar")
+    for _ in range(3):
+        adam.step()
+        optimizer.step()
+        for mine, theirs in ((layer.radius, other.radius), (layer.angle, other.angle)):
+            assert torch.allclose(mine, theirs, atol=1e-6)
+
+
+def test_everything_else_moves_as_in_adamw() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Linear(16, 16, format="packed128"), nn.Linear(16, 3))
+    other = copy.deepcopy(model)
+    x = torch.randn(4, 16)
+    adam = torch.optim.AdamW(other[1].parameters(), 0.02, weight_decay=0.1)
+    optimizer = HybridAdam(model, lr=0.0, dense_lr=0.02, weight_decay=0.1)
+    for _ in range(4):
+        with torch.no_grad():  # the seeds' own scale and bias are dense parameters too: keep them alike
+            for name in ("scale", "bias"):
+                getattr(other[0], name).copy_(getattr(model[0], name))
+        for net, how in ((model, optimizer), (other, adam)):
+            net.zero_grad()
+            net(x).square().sum().backward()
+            how.step()
+    assert torch.allclose(model[1].weight, other[1].weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_method_learns_and_stays_in_the_disk(format: str, method: str) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(128, 32)
+    wanted = Linear(32, 32, False, format=format)(x).detach()
+    layer = Linear(32, 32, False, format=format)
+    optimizer = HybridAdam(layer, lr=0.02, method=method, pull=1e-4, clip_norm=10.0)
+    losses = []
+    for _ in range(60):
+        loss = (layer(x) - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert ((layer.radius >= 0) & (layer.radius < 1)).all()
+    optimizer.freeze()
+    assert not layer.trainable
+
+
+def test_the_pull_is_the_derivative_of_artanh_squared() -> None:
+    layer = layer_with_gradient("packed128", 0.9, 0.0, (0.0, 0.0))
+    optimizer = HybridAdam(layer, lr=1.0, method="polar", pull=0.01)
+    optimizer.step()
+    r = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+    (0.01 * torch.atanh(r).square()).backward()
+    assert optimizer.state[layer.radius]["mean"][0, 0, 0].item() == pytest.approx(0.1 * r.grad.item(), rel=1e-5)
+
+
+def test_clipping_shortens_all_seeds_together() -> None:
+    layer = layer_with_gradient("packed128", 0.5, 0.3, (3.0, 4.0))
+    optimizer = HybridAdam(layer, lr=0.01, method="polar", clip_norm=0.5)
+    optimizer.step()
+    assert optimizer.state[layer.radius]["mean"].norm().item() == pytest.approx(0.1 * 0.5, rel=1e-5)
+
+
+def train(model: nn.Module, optimizer: HybridAdam, x: Tensor, y: Tensor, steps: range) -> None:
+    for step in steps:
+        batch = slice(16 * (step % 4), 16 * (step % 4) + 16)
+
+        def closure(part: slice = batch) -> Tensor:
+            return nn.functional.mse_loss(model(x[part]), y[part])
+
+        optimizer.zero_grad()
+        closure().backward()
+        optimizer.step()
+        if step % 3 == 2:
+            optimizer.flip(closure, share=0.5)
+
+
+def two_layers() -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(Linear(16, 32, format="packed128"), nn.Tanh(), Linear(32, 8, format="outer128", block=8))
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit() -> None:
+    x, y = torch.randn(64, 16), torch.randn(64, 8)
+    whole = two_layers()
+    train(whole, HybridAdam(whole), x, y, range(12))
+    model = two_layers()
+    optimizer = HybridAdam(model)
+    train(model, optimizer, x, y, range(7))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    model = two_layers()
+    model.load_state_dict(saved["model"])
+    optimizer = HybridAdam(model)
+    optimizer.load_state_dict(saved["optimizer"])
+    train(model, optimizer, x, y, range(7, 12))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def planted(format: str) -> tuple[Linear, Callable[[], Tensor], Tensor]:
+    """A layer that differs from its teacher in some bits only."""
+    torch.manual_seed(3)
+    teacher = Linear(48, 48, False, format=format)
+    student = copy.deepcopy(teacher)
+    code = teacher.read_code().clone()
+    masks = neighbours(teacher.spec, ("quadrant", "geo_amp"))
+    wrong = torch.arange(len(code)) % 2 == 0
+    code[wrong, 0] ^= masks[-1 if format == "packed128" else 5]
+    student.write_code(code)
+    x = torch.randn(512, 48)
+    wanted = teacher(x).detach()
+    return student, lambda: (student(x) - wanted).square().mean(), teacher.read_code()
+
+
+@pytest.mark.parametrize("format", ["packed128", "outer128"])
+def test_flips_recover_planted_bits(format: str) -> None:
+    student, closure, right = planted(format)
+    optimizer = HybridAdam(student, seed=1)
+    assert (student.read_code() != right).any()
+    losses = [closure().item()]
+    for _ in range(40):
+        outcome = optimizer.flip(closure, share=0.5, temperature=0.05)
+        assert outcome.after <= outcome.before
+        assert closure().item() == pytest.approx(outcome.after, rel=1e-5, abs=1e-9)
+        losses.append(outcome.after)
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_refused_flips_leave_everything_as_it_was() -> None:
+    student, _, right = planted("packed128")
+    student.write_code(right)
+    x = torch.randn(64, 48)
+    wanted = student(x).detach()
+    optimizer = HybridAdam(student)
+    student.radius.grad = torch.ones_like(student.radius)
+
+    def closure() -> Tensor:  # the loss is as low as it gets
+        return (student(x) - wanted).square().mean() + 0.0 * student.scale
+
+    outcome = optimizer.flip(closure, share=1.0)
+    assert outcome.accepted == 0
+    assert torch.equal(student.read_code(), right)
+    assert torch.equal(student.radius.grad, torch.ones_like(student.radius))
+    assert student._listener is None
+
+
+def test_moments_start_anew_where_a_code_changed() -> None:
+    student, closure, _ = planted("packed128")
+    optimizer = HybridAdam(student, lr=1e-6)
+    closure().backward()
+    optimizer.step()
+    before = student.read_code().clone()
+    optimizer.flip(closure, share=0.5, temperature=0.05)
+    moved = (student.read_code() != before)[:, 0]
+    mean = optimizer.state[student.radius]["mean"]
+    assert moved.any()
+    assert (mean[moved] == 0).all()
+    assert (mean[~moved] != 0).any()
+
+
+def test_a_reward_for_variety_spreads_the_quadrants() -> None:
+    torch.manual_seed(4)
+    layer = Linear(64, 64, False, format="packed128")
+    parts = packed128.fields(layer.read_code())
+    layer.write_code(packed128.code_of(**{**parts, "quadrant": torch.zeros_like(parts["quadrant"])}))
+    optimizer = HybridAdam(layer)
+    x = torch.randn(8, 64)
+    for _ in range(5):
+        optimizer.flip(
+            lambda: 1e-6 * layer(x).square().mean(), share=0.5, fields=("quadrant",), tolerance=1e9, variety=100.0
+        )
+    assert len(packed128.fields(layer.read_code())["quadrant"].unique()) >= 3
+
+
+def test_neighbours_are_the_bits_of_the_fields() -> None:
+    spec = make_spec("packed128", (16, 16))
+    assert len(neighbours(spec, ("quadrant", "hyp_freq", "geo_amp"))) == 26
+    assert len(neighbours(spec, ("cordic_seq",))) == packed128.STEPS
+    one = torch.zeros(1, dtype=torch.int64)
+    turned = [packed128.fields(one ^ m)["basis_sel"].item() for m in neighbours(spec, ("basis_sel",))]
+    assert turned == [1, 2, 4, 8, 16, 32]
+    small = make_spec("outer128", (8, 8), block=8)
+    for mask in neighbours(small, ()):
+        changed = outer128.sign_bits(one ^ mask, small) != outer128.sign_bits(one, small)
+        u, v = outer128.vectors(changed.float(), small)
+        assert u.sum() + v.sum() == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": -1.0}, {"lr": math.nan}, {"method": "spiral"}, {"betas": (0.9, 1.0)}, {"latent_limit": 0.0},
+     {"clip_norm": 0.0}, {"pull": -1.0}],
+)  # fmt: skip
+def test_arguments_out_of_range_are_refused(wrong: dict) -> None:
+    with pytest.raises(RbeError, match="HybridAdam"):
+        HybridAdam(Linear(16, 16, format="packed128"), **wrong)
+
+
+def test_nothing_to_train_is_refused() -> None:
+    with pytest.raises(RbeError, match="no parameters"):
+        HybridAdam(Linear(16, 16, False, format="packed128").freeze())
+    model = nn.Sequential(Linear(16, 16, format="packed64"))
+    with pytest.raises(RbeError, match="no open layer has discrete bits"):
+        HybridAdam(model).flip(lambda: model(torch.ones(1, 16)).sum())
+    layer = Linear(16, 16, format="packed128")
+    with pytest.raises(RbeError, match="fields"):
+        HybridAdam(layer).flip(lambda: layer(torch.ones(1, 16)).sum(), fields=("colour",))
+    with pytest.raises(RbeError, match="share"):
+        HybridAdam(layer).flip(lambda: layer(torch.ones(1, 16)).sum(), share=0.0)
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = two_layers()
+    spread = nn.parallel.DistributedDataParallel(model)
+    optimizer = HybridAdam(model)
+    g = torch.Generator().manual_seed(9)
+    x, y = torch.randn(64, 16, generator=g), torch.randn(64, 8, generator=g)
+    mine = slice(32 * rank, 32 * rank + 32)
+    for step in range(6):
+
+        def closure() -> Tensor:
+            return nn.functional.mse_loss(spread(x[mine]), y[mine])
+
+        optimizer.zero_grad()
+        closure().backward()
+        optimizer.step()
+        if step % 3 == 2:
+            optimizer.flip(closure, share=0.5)
+    torch.save(model.state_dict(), f"{folder}/state{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_agree_bit_for_bit(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
+    one, two = (torch.load(tmp_path / f"state{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
