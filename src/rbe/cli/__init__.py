@@ -1,4 +1,4 @@
-"""The command line: `rbe compress`, `inspect`, `verify`, `eval`, `decompress`, `report`, `profile`, `generate`."""
+"""The command line: `rbe compress`, `inspect`, `verify`, `eval`, `decompress`, `report`, `profile` and others."""
 
 import io
 import json

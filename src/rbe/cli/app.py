@@ -333,3 +333,20 @@ def generate(
     from rbe.cli import work
 
     work.generate(folder, prompt, max_new_tokens, temperature, top_k, seed, activations.value, as_json)
+
+
+@app.command()
+@guarded
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file; see examples/.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FOLDER", help="For checkpoint, result and model (default: runs/NAME)."),
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what the folder holds of this run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a network inside its seeds; an interrupted run goes on where it stood."""
+    from rbe.cli import learn
+
+    learn.train(config, output, restart, as_json)
