@@ -24,6 +24,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "precision 64": {"format": "packed64", "block": 8, "precision": 64, "stages": 2},
     "whole": {"format": "packed64", "block": None},
     "whole 128": {"format": "packed128", "block": None, "mode": "faithful"},
+    "outer128": {"format": "outer128", "block": 8},
     "outliers": {"format": "packed128", "outliers": 0.01},
 }
 SHARD = "model-00001-of-00001.safetensors"

@@ -37,6 +37,7 @@ class Format(StrEnum):
     trellis = "trellis"
     packed64 = "packed64"
     packed128 = "packed128"
+    outer128 = "outer128"
 
 
 class Mode(StrEnum):

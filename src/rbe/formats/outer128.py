@@ -111,7 +111,7 @@ def vectors(sign_values: Tensor, spec: SeedSpec) -> tuple[Tensor, Tensor]:
     """The row and column vectors of the outer products: (..., terms, edge) each, from sign values (..., 64)."""
     edge, count = spec.block_shape[0], terms(spec)
     width = 32 // count
-    parts = sign_values.unflatten(-1, (count, 2, width))
+    parts = sign_values.reshape(*sign_values.shape[:-1], count, 2, width)
     u, v = parts[..., 0, :], parts[..., 1, :]
     if edge <= width:
         return u[..., :edge], v[..., :edge]

@@ -254,7 +254,7 @@ class Seeded(nn.Module):
         def generate() -> Tensor:
             dense = decode()
             if listener is not None and dense.requires_grad:
-                dense.register_hook(listener)
+                dense.register_hook(listener)  # type: ignore[no-untyped-call]
             return dense if outliers is None else outliers.add_to(dense)
 
         return generate

@@ -105,7 +105,7 @@ class HybridAdam(Optimizer):
         self.generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step with the gradients there are.
 
         Args:

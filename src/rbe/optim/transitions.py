@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, distributed
@@ -62,16 +63,20 @@ def neighbours(spec: SeedSpec, fields: Sequence[str]) -> Tensor:
     return torch.tensor([(1 << bit) - (1 << 64 if bit == 63 else 0) for bit in bits])
 
 
+def _add(total: Tensor, gradient: Tensor) -> None:
+    total += gradient
+
+
 def _gradients(modules: Sequence[Seeded], closure: Callable[[], Tensor]) -> tuple[float, list[Tensor]]:
     """The loss, and its gradient by every module's blocks (blocks, h, w) of unscaled weights."""
     sums = [torch.zeros(m.spec.shape) for m in modules]
     with ExitStack() as stack, torch.enable_grad():
         for module, total in zip(modules, sums, strict=True):
-            stack.enter_context(module.listening(total.add_))
+            stack.enter_context(module.listening(partial(_add, total)))
         loss = closure()
         if loss.ndim or not loss.requires_grad:
             raise RbeError("flip: the closure must return the loss of the batch, one number with a gradient")
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     blocks = []
     for module, total in zip(modules, sums, strict=True):
         if distributed.is_available() and distributed.is_initialized():
@@ -118,8 +123,8 @@ def _scores(module: Seeded, chosen: Tensor, gradient: Tensor, masks: Tensor) -> 
     for k in range(0, len(chosen), step):
         part = slice(k, k + step)
         turned = (code[part, None] ^ masks).reshape(-1, 1)
-        repeat = [p[part, None].expand(-1, len(masks)).reshape(-1, 1) for p in (radius, angle)]
-        change = disk.values(turned, *repeat, one).reshape(-1, len(masks), height, width) - now[part, None]
+        r, theta = (p[part, None].expand(-1, len(masks)).reshape(-1, 1) for p in (radius, angle))
+        change = disk.values(turned, r, theta, one).reshape(-1, len(masks), height, width) - now[part, None]
         slope = (change * gradient[block[part]][:, None]).sum((2, 3))
         found.append(slope + curvature / 2 * change.square().sum((2, 3)))
     return torch.cat(found)

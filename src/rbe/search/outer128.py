@@ -24,7 +24,7 @@ def _folded(residue: Tensor, edge: int) -> Tensor:
     if edge <= 32:
         return residue
     fixed = signs(edge, 0).to(residue)
-    return (residue * fixed[:, None] * fixed).unflatten(2, (2, 32)).sum(2).unflatten(1, (2, 32)).sum(1)
+    return (residue * fixed[:, None] * fixed).reshape(-1, 2, 32, 2, 32).sum((1, 3))
 
 
 def _term(residue: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:

@@ -212,10 +212,13 @@ def _typed(what: str, value: Any, annotation: str) -> Any:
 def _check(path: Path, config: Config) -> None:
     recipe, model = config.train, config.model
     positive = {"epochs": recipe.epochs, "batch": recipe.batch, "softness": recipe.softness}
-    for name, value in positive.items():
-        if value <= 0:
-            raise RbeError(f"train: {path}: [train] {name} is {value}; it must be positive")
-    choices = [("[model] kind", model.kind, ("mlp", "lenet5")), ("[model] norm", model.norm, ("batch", "none"))]
+    for name, number in positive.items():
+        if number <= 0:
+            raise RbeError(f"train: {path}: [train] {name} is {number}; it must be positive")
+    choices: list[tuple[str, str, tuple[str, ...]]] = [
+        ("[model] kind", model.kind, ("mlp", "lenet5")),
+        ("[model] norm", model.norm, ("batch", "none")),
+    ]
     formats = ("outer128", "packed128", "packed64", "dense")
     choices += [("[seeds] format", config.seeds.format, formats)]
     for what, value, known in choices:

@@ -208,7 +208,7 @@ class _Run:
 
             self.optimizer.zero_grad()
             value = loss()
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             self.schedule.step()
             total += value.item()
@@ -246,7 +246,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch: int = 1000) -> float
     """Share of images whose largest output is their label."""
     training = model.training
     model.eval()
-    parts = zip(x.split(batch), y.split(batch), strict=True)
+    parts = zip(torch.split(x, batch), torch.split(y, batch), strict=True)
     right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in parts)
     model.train(training)
     return right / len(x)
