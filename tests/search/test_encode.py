@@ -71,7 +71,9 @@ def test_any_shape_and_size(rows: int, columns: int, bits: float, options: dict,
     assert result.error <= 1.0
     if power > -36:  # below, float32 products lose their digits
         assert result.error == pytest.approx(decoded_error(W, result), rel=1e-3, abs=1e-6)
-        assert result.error < 1.1 * 2 ** (-2 * bits) + 0.1
+        # The mean over few weights scatters around what the code can do: by sqrt(2 / n) of it, as squares do.
+        chance = 1 + 4 * (2 / (rows * columns)) ** 0.5
+        assert result.error < 1.1 * 2 ** (-2 * bits) * chance + 0.1
 
 
 @pytest.mark.parametrize(
