@@ -1,4 +1,4 @@
-"""Golden vectors of packed64 and packed128: exact fields of exact bits, and their weights to twelve digits.
+"""Golden vectors of packed64, packed128 and outer128: exact fields of exact bits, and their weights to twelve digits.
 
 Weights come from sines and exponentials, whose last bits are the platform's; the bits and the integers are exact.
 `python -m tests.test_golden_packed` writes them anew; allowed only together with a new format name (design 3).
@@ -23,6 +23,9 @@ CASES = [
     {"format": "packed128", "shape": [16, 16], "block": 16, "mode": "faithful"},
     {"format": "packed128", "shape": [16, 16], "block": 16, "mode": "radial"},
     {"format": "packed128", "shape": [7, 4], "block": None, "mode": "radial", "stages": 3},
+    {"format": "outer128", "shape": [16, 16], "block": 16},
+    {"format": "outer128", "shape": [8, 8], "block": 8, "stages": 2},
+    {"format": "outer128", "shape": [32, 32], "block": 32},
 ]
 SEEDS = 6
 
@@ -33,11 +36,11 @@ def make(case: dict[str, Any]) -> formats.SeedSpec:
 
 
 def seeds_of(case: int, spec: formats.SeedSpec) -> torch.Tensor:
-    """Seeds from nothing but integers; packed128 gets radii in [0.25, 1) and angles of every sign."""
+    """Seeds from nothing but integers; what has float32 points gets radii in [0.25, 1) and angles of every sign."""
     count = SEEDS * formats.get(spec.format).words(spec)
     mixed = fmix32(torch.arange(2 * count) + 1000 * case)
     high, low = mixed[::2], mixed[1::2]
-    if spec.format == "packed128":
+    if spec.format != "packed64":
         odd = torch.arange(count) % 2 == 1  # the words of points: float32 patterns of r and theta
         high = torch.where(odd, (0x3E800000 | (high & 0x7FFFFF)) + ((high >> 24) & 1 << 23), high)
         low = torch.where(odd, (0x40000000 | (low & 0x7FFFFF)) | (low & 0x80000000), low)
@@ -53,7 +56,11 @@ def describe() -> list[dict[str, Any]]:
         seeds = seeds_of(number, spec)
         code, radius, angle = definition.split(seeds, spec)
         weights = definition.values(code, radius.double(), angle.double(), spec)
-        fields = {name: value.tolist() for name, value in packed128.fields(code).items()} if code.numel() else {}
+        fields = (
+            {name: value.tolist() for name, value in packed128.fields(code).items()}
+            if spec.format == "packed128"
+            else {}
+        )
         found.append(
             {
                 "case": case,
