@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rbe.errors import RbeError
-from rbe.nn import Linear, Seeded
-from rbe.train import Config, load, load_config, train
+from rbe.nn import Seeded
+from rbe.train import load, load_config, train
 from rbe.train.data import shifted
 from rbe.train.networks import build, sizes
 from rbe.train.run import CHECKPOINT, RESULT
@@ -194,9 +194,9 @@ def test_a_loss_that_is_no_number_ends_the_run(write: Write, tmp_path: Path) -> 
         train(config, tmp_path / "out")
 
 
-def test_the_example_is_a_configuration() -> None:
-    config = load_config(Path(__file__).parent.parent.parent / "examples" / "mnist-64.toml")
-    assert isinstance(config, Config)
+@pytest.mark.parametrize(("name", "seed_bytes"), [("64", 14720), ("256", 3840), ("dense", 939008)])
+def test_the_examples_are_configurations(name: str, seed_bytes: int) -> None:
+    config = load_config(Path(__file__).parent.parent.parent / "examples" / f"mnist-{name}.toml")
     model = build(config)
-    assert [m.spec.shape for m in model.modules() if isinstance(m, Linear)] == [(256, 784), (128, 256), (10, 128)]
-    assert sizes(model)["seed_bytes"] == 14720
+    assert sizes(model)["weights"] == 234752
+    assert sizes(model)["seed_bytes"] == seed_bytes
