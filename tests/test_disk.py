@@ -329,7 +329,7 @@ def test_other_bad_input_is_named() -> None:
         disk.distance(torch.zeros(3), torch.zeros(3))
     with pytest.raises(RbeError, match="float16"):
         disk.exp0(torch.zeros(2, dtype=torch.float16))
-    with pytest.raises(RbeError, match=r"theta is inf at \[1\]; an angle is any finite number"):
+    with pytest.raises(RbeError, match=r"theta is inf at \[1\]; an angle is a finite number"):
         disk.check_angle(torch.tensor([0.0, math.inf]), "theta")
     with pytest.raises(RbeError, match="margin is 0"):
         disk.project(torch.zeros(2), margin=0)

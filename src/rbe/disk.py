@@ -43,22 +43,29 @@ def check_radius(radius: Tensor, field: str = "radius") -> None:
         raise RbeError(f"{field} is {value:.9g}{place}; the disk is 0 <= r < 1: clip it or use rbe.disk.project")
 
 
+# From here on neighbouring float32 numbers are 2 radians apart: the place in the turn is lost.
+_NO_ANGLE = 2.0**24
+
+
 def check_angle(angle: Tensor, field: str = "angle") -> None:
-    """Refuse an angle that is no number.
+    """Refuse an angle that is no number, or so large that float32 does not say where in the turn it is.
 
     >>> check_angle(torch.tensor(7.0))
 
     Raises:
-        RbeError: a value is infinite or NaN.
+        RbeError: a value is NaN, or 2^24 or more in size.
     """
     if _opaque(angle):
         return
-    wrong = ~angle.isfinite()
+    wrong = ~(angle.abs() < _NO_ANGLE)
     if bool(wrong.any()):
         where = wrong.nonzero()[0].tolist()
         place = f" at {where}" if where else ""
         value = float(angle.detach()[tuple(where)])
-        raise RbeError(f"{field} is {value}{place}; an angle is any finite number of radians")
+        raise RbeError(
+            f"{field} is {value}{place}; an angle is a finite number of radians, within 2^24 of 0: "
+            "the file is damaged, or training needs rbe.optim.guard"
+        )
 
 
 def check_point(x: Tensor, field: str = "point") -> None:

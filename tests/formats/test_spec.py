@@ -27,6 +27,16 @@ def test_padding_counts_whole_blocks() -> None:
         {"rotation": (-1, 0)},
         {"rotation": (0, 2**32)},
         {"rotation": (1,)},
+        {"rotation": (0, 1.5)},
+        {"shape": (2.5, 3)},
+        {"shape": ("a", 3)},
+        {"block": "abc"},
+        {"block": 2.5},
+        {"block": True},
+        {"stages": 1.5},
+        {"stages": "2"},
+        {"precision": None},
+        {"bits": "x"},
     ],
 )
 def test_nonsense_is_refused(change: dict) -> None:

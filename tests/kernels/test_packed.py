@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rbe import formats, kernels
+from rbe.errors import RbeError
 from rbe.formats import SeedSpec, make_spec, packed64, packed128
 from rbe.kernels import Tensors, bands, cpu, ops, packed
 from rbe.kernels.reference import Definition
@@ -314,3 +315,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 48 << 10  # kilobytes
+
+
+@pytest.mark.parametrize("mode", packed128.MODES)
+def test_the_largest_angles_are_computed_and_larger_ones_refused(tier: str, mode: str) -> None:
+    spec = make_spec("packed128", (40, 24), block=8, mode=mode)
+    code, scale, _, radius, _, _, _ = random_tensors(spec)
+    assert radius is not None
+    # Beyond, weights would be noise, from 1e16 on of any size.
+    for angle in (1e6, -(2.0**24 - 1)):
+        seeds = packed128.join(code, radius, torch.full_like(radius, angle), spec)
+        exact = kernels.decode(spec, seeds, scale.double(), None)
+        assert (kernels.decode(spec, seeds, scale, None) - exact).abs().max() < 1e-5 * exact.abs().max()
+    for angle in (2.0**24, -1e16, 3e38):
+        with pytest.raises(RbeError, match=r"angle is .* within 2\^24"):
+            packed128.join(code, radius, torch.full_like(radius, angle), spec)

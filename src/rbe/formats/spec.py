@@ -39,7 +39,13 @@ class SeedSpec:
     stages: int = 1
 
     def __post_init__(self) -> None:
-        if len(self.shape) != 2 or min(self.shape) < 1:
+        whole = {"block": self.block, "window": self.window, "precision": self.precision, "stages": self.stages}
+        for name, value in whole.items():
+            if type(value) is not int and not (name == "block" and value is None):
+                raise RbeError(f"spec: {name} {value!r} is not an int")
+        if not isinstance(self.bits, int | float):
+            raise RbeError(f"spec: bits {self.bits!r} is not a number")
+        if len(self.shape) != 2 or not all(type(side) is int and side > 0 for side in self.shape):
             raise RbeError(
                 f"spec: shape {tuple(self.shape)} is not two positive sides; a seed matrix is 2-D and not empty"
             )
@@ -47,7 +53,7 @@ class SeedSpec:
             raise RbeError(f"spec: block {self.block} is not positive; the usual edge is 16")
         if self.stages < 1:
             raise RbeError(f"spec: stages {self.stages} is not positive; one seed a block is the least")
-        if len(self.rotation) != 2 or not all(0 <= s < 1 << 32 for s in self.rotation):
+        if len(self.rotation) != 2 or not all(type(s) is int and 0 <= s < 1 << 32 for s in self.rotation):
             raise RbeError(f"spec: rotation {self.rotation} must be two unsigned 32-bit seeds (out, in); 0 is none")
 
     @property
