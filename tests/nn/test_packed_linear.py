@@ -100,3 +100,27 @@ def test_vmap_over_a_frozen_layer() -> None:
     layer = rbe.nn.Linear(9, 7, format="packed128", block=4).freeze()
     x: Tensor = torch.randn(4, 2, 9)
     assert close(torch.func.vmap(layer)(x), layer(x))
+
+
+@pytest.mark.filterwarnings("default")  # torch's compiler warns about itself
+def test_layers_that_differ_in_everything_are_compiled_one_by_one() -> None:
+    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    for (rows, columns), block in {(24, 40): 16, (56, 80): 16, (24, 64): 8, (9, 31): 5}.items():
+        layer, x = rbe.nn.Linear(columns, rows, format="packed64", block=block), torch.randn(4, columns)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        assert close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("format", EVERY)
+@pytest.mark.parametrize("block", [8, None])
+def test_autocast_rounds_no_seeds(format: str, block: int | None) -> None:
+    options = EVERY[format] if format == "trellis" else {**EVERY[format], "block": block}
+    layer, x = rbe.nn.Linear(30, 20, **options), torch.randn(12, 30)
+    expected = []
+    for on in (False, True):
+        inputs = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            y, w = layer(inputs), layer.dense()
+            found = torch.autograd.grad(y.square().sum() + w.square().sum(), [inputs, *layer.parameters()])
+        expected.append((y, w, *found))
+    assert all(close(a, b) for a, b in zip(*expected, strict=True))

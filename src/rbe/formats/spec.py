@@ -1,6 +1,6 @@
 """What a seed matrix is, apart from its tensors: a frozen, printable, saveable value."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from rbe.errors import RbeError
@@ -26,6 +26,7 @@ class SeedSpec:
         mode: variant of the generator, where the format has several.
         precision: packed64 only, bits of a fixed-point number, 32 or 64.
         stages: seeds summed in every block (packed64 and packed128).
+        text: all of these in one line, as the operations take them.
     """
 
     format: str
@@ -37,6 +38,8 @@ class SeedSpec:
     mode: str | None = None
     precision: int = 32
     stages: int = 1
+    # Made here once: torch.compile cannot print numbers that differ among the layers it has seen.
+    text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         whole = {"block": self.block, "window": self.window, "precision": self.precision, "stages": self.stages}
@@ -55,6 +58,11 @@ class SeedSpec:
             raise RbeError(f"spec: stages {self.stages} is not positive; one seed a block is the least")
         if len(self.rotation) != 2 or not all(type(s) is int and 0 <= s < 1 << 32 for s in self.rotation):
             raise RbeError(f"spec: rotation {self.rotation} must be two unsigned 32-bit seeds (out, in); 0 is none")
+        line = (
+            f"{self.format} {self.shape[0]} {self.shape[1]} {self.bits} {self.block} {self.window} {self.rotation[0]} "
+            f"{self.rotation[1]} {self.mode} {self.precision} {self.stages}"
+        )
+        object.__setattr__(self, "text", line)
 
     @property
     def block_shape(self) -> tuple[int, int]:

@@ -7,9 +7,9 @@ Every operation takes the tensors of one matrix in the order of `Tensors`, and i
 """
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,21 @@ from rbe.kernels.formulas import Calls, Formulas
 from rbe.kernels.reference import Definition
 from rbe.kernels.tensors import Tensors
 
+T = TypeVar("T")
+
+
+def _exact(body: Callable[..., T]) -> Callable[..., T]:
+    """A body outside of autocast, which would round the factors of the products in it."""
+
+    @wraps(body)
+    def run(*args: Any) -> T:
+        if not torch.is_autocast_enabled("cpu"):
+            return body(*args)
+        with torch.autocast("cpu", enabled=False):
+            return body(*args)
+
+    return run
+
 
 def text(spec: SeedSpec) -> str:
     """A specification as an argument of the operations.
@@ -30,10 +45,7 @@ def text(spec: SeedSpec) -> str:
     >>> text(SeedSpec("trellis", (20, 33), bits=2))
     'trellis 20 33 2 16 16 0 0 None 32 1'
     """
-    return (
-        f"{spec.format} {spec.shape[0]} {spec.shape[1]} {spec.bits} {spec.block} {spec.window} {spec.rotation[0]} "
-        f"{spec.rotation[1]} {spec.mode} {spec.precision} {spec.stages}"
-    )
+    return spec.text
 
 
 @lru_cache(maxsize=4096)
@@ -92,6 +104,7 @@ def _native(spec: SeedSpec, tensors: Tensors) -> tuple[Any, Tensors]:
 
 
 @torch.library.custom_op("rbe::decode", mutates_args=())
+@_exact
 def decode(
     seeds: Tensor,
     scale: Tensor,
@@ -116,6 +129,7 @@ def _(seeds: Tensor, *args: Any) -> Tensor:
 
 
 @torch.library.custom_op("rbe::rows", mutates_args=())
+@_exact
 def rows(
     index: Tensor,
     seeds: Tensor,
@@ -150,6 +164,7 @@ def check_index(index: Tensor, spec: SeedSpec) -> None:
 
 
 @torch.library.custom_op("rbe::seed_matmul", mutates_args=())
+@_exact
 def seed_matmul(
     x: Tensor,
     seeds: Tensor,
@@ -169,6 +184,7 @@ def seed_matmul(
     return multiplied(source(about, tensors, x), x)
 
 
+@_exact
 def multiplied(matrix: bands.Source, x: Tensor) -> Tensor:
     """x (..., columns) times a matrix that comes in bands, in x's dtype."""
     flat = x.to(matrix.dtype).reshape(-1, matrix.spec.shape[1])
@@ -182,6 +198,7 @@ def _(x: Tensor, *args: Any) -> Tensor:
 
 
 @torch.library.custom_op("rbe::seed_matmul_transposed", mutates_args=())
+@_exact
 def seed_matmul_transposed(
     y: Tensor,
     seeds: Tensor,
@@ -210,6 +227,7 @@ def _(y: Tensor, *args: Any) -> Tensor:
 
 
 @torch.library.custom_op("rbe::seed_gradient", mutates_args=())
+@_exact
 def seed_gradient(
     x: Tensor,
     y: Tensor,
@@ -234,6 +252,7 @@ def seed_gradient(
 
 
 @torch.library.custom_op("rbe::seed_backward", mutates_args=())
+@_exact
 def seed_backward(
     x: Tensor,
     y: Tensor,
@@ -262,6 +281,7 @@ def _(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("rbe::decode_gradient", mutates_args=())
+@_exact
 def decode_gradient(
     g: Tensor,
     seeds: Tensor,
@@ -277,6 +297,7 @@ def decode_gradient(
 
 
 @torch.library.custom_op("rbe::rows_gradient", mutates_args=())
+@_exact
 def rows_gradient(
     index: Tensor,
     g: Tensor,
