@@ -7,7 +7,7 @@ import torch
 
 from rbe.formats import outer128
 from rbe.nn import Embedding, Linear
-from rbe.nn.seeded import signs_of
+from rbe.nn.latents import signs_of
 
 BLOCKS = [8, 16, 32, 64]
 

@@ -9,8 +9,6 @@ from torch import Tensor
 from rbe import formats
 from rbe.formats import SeedSpec, outer128, packed128
 
-# Size of fresh latents, a few steps of an optimizer.
-LATENT = 0.03
 # Cells of a block that are generated to measure the size of random weights.
 _SAMPLE = 64
 
@@ -48,14 +46,6 @@ def fresh_points(spec: SeedSpec) -> tuple[Tensor, Tensor, Tensor]:
         cordic_seq=torch.randint(0, 1 << 32, shape),
     )
     return code, radius, angle
-
-
-def fresh_latents(signs: Tensor) -> Tensor:
-    """Latent numbers of given signs (...): small, because only what crosses zero changes a sign.
-
-    With latents as large as weights the signs stay where they started (sign lock-in).
-    """
-    return signs * (LATENT * torch.randn(signs.shape).abs())
 
 
 def unit_scale(spec: SeedSpec, code: Tensor, radius: Tensor, angle: Tensor) -> float:

@@ -15,7 +15,8 @@ from rbe.errors import RbeError
 from rbe.formats import SeedSpec, outer128
 from rbe.kernels import outer
 from rbe.matrix import SeedMatrix
-from rbe.nn.init import LATENT, fresh_latents, fresh_points, unit_scale
+from rbe.nn.init import fresh_points, unit_scale
+from rbe.nn.latents import LATENT, fresh_latents, signs_of
 from rbe.outliers import BYTES, Outliers
 
 ACTIVATIONS = ("float32", "int8")
@@ -421,19 +422,6 @@ class Seeded(nn.Module):
         mode = f", mode={spec.mode}" if spec.mode else ""
         tied = ", tied" if self._owner else ""
         return f"format={spec.format}{mode}, bits={spec.bits:.4g} ({rate:.3g} stored){tied}"
-
-
-def signs_of(latent: Tensor) -> Tensor:
-    """+1 where a latent number is >= 0, else -1; its gradient is passed straight through.
-
-    >>> latent = torch.tensor([0.5, -2.0], requires_grad=True)
-    >>> signs_of(latent).tolist(), torch.autograd.grad(signs_of(latent).sum(), latent)[0].tolist()
-    ([1.0, -1.0], [1.0, 1.0])
-
-    Source: G. Hinton's straight-through estimator, in Y. Bengio et al., arXiv 1308.3432.
-    """
-    hard = torch.where(latent >= 0, 1.0, -1.0).to(latent.dtype)
-    return latent + (hard - latent).detach()
 
 
 class SeededVector(Seeded):
