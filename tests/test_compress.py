@@ -87,6 +87,8 @@ def test_progress_counts_weights_up_to_all() -> None:
         ({"effort": "heroic"}, "heroic"),
         ({"include": ["nothing*"]}, "nothing"),
         ({"exclude": ["body.9"]}, "body.9"),
+        ({"format": "packed128", "block": "abc"}, "block 'abc' is not an int"),
+        ({"format": "packed64", "block": 10**6}, "would pad the matrix"),
     ],
 )
 def test_a_wrong_request_changes_nothing(wrong: dict[str, object], message: str) -> None:

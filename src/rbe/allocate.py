@@ -341,7 +341,7 @@ def _rates(
                 "choose another block or number of stages"
             )
     if block is not None or not formats.is_disk(form["format"]):
-        side = 16 if block is None else max(1, block)
+        side = max(1, block) if isinstance(block, int) else 16  # the specification refuses any other
         formats.make_spec(shape=(side, side), window=window, **form)
 
     def rate_of(name: str, kind: str) -> float | None:

@@ -20,6 +20,8 @@ from rbe.search.viterbi import Encoded, _rotate_, _rotation, _row_scale_, _sourc
 
 # Numbers in the tables of a chunk of blocks.
 _CHUNK = 1 << 20
+# Cells up to which blocks may be larger than their matrix, whatever its size, and how many times larger beyond.
+_PADDED, _TIMES = 1 << 24, 16
 # Share of the time that goes by before the seeds are packed, for the progress shown.
 _SEARCHING = 0.7
 
@@ -70,6 +72,11 @@ def encode_disk(
         precision=precision,
         stages=stages,
     )
+    if math.prod(spec.padded) > max(_PADDED, _TIMES * x.numel()):
+        raise RbeError(
+            f"encode: a block of {block} would pad the matrix {tuple(x.shape)} to {spec.padded}; "
+            "choose a smaller one, or block=None for one block of the matrix' own shape"
+        )
     if not x.any():
         zero = torch.zeros(spec.blocks, formats.get(format).words(spec), dtype=torch.int64)
         ones = torch.ones(x.shape[0], dtype=torch.float16) if row_scale else None
