@@ -28,6 +28,16 @@ def test_output_error_shrinks(bits: float, shape: tuple[int, int]) -> None:
     assert better < 0.8 * plain
 
 
+def test_each_step_pays_and_seeds_are_what_was_measured() -> None:
+    W, H = torch.randn(48, 96, generator=torch.Generator().manual_seed(1)), planted(96)
+    plain, better = encode(W, effort="fast", rotate=False), encode(W, effort="fast", rotate=False, moments=H)
+    loss = proxy_loss(better.decode() - W, H)
+    assert loss < 0.33 * proxy_loss(plain.decode() - W, H)
+    C = better.decode().double() / better.scale.double()
+    best = float(((W.double() @ H) * C).sum() / ((C @ H) * C).sum())
+    assert better.scale.item() == pytest.approx(best, rel=1e-4)
+
+
 def test_rows_with_scales() -> None:
     W = torch.randn(48, 64, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 3, 48)[:, None]
     H = planted(64)
