@@ -133,6 +133,10 @@ def test_inspect_beside_the_source_compares_singular_values(small: Path, bert: P
     assert found["condition"] == pytest.approx([metrics.condition(wanted), metrics.condition(ours)])
     assert found["uncertainty"] == 0.0 and "spectrum" not in rows["embeddings.LayerNorm.weight"]
     shown = rbe("inspect", small, "--against", bert).stdout
+    peers = found["peers"]
+    assert peers["captured"] == pytest.approx(1 - found["error"]) and peers["captured"] > peers["svd"] > 0
+    assert peers["dct"] < peers["ceiling"] == pytest.approx(1 - 2 ** (-2 * peers["bits"]))
+    assert "energy kept at equal bytes" in shown and "DCT" in shown
     assert "PCR_16" in shown and "Lipschitz" in shown and "spectral error" in shown
 
 

@@ -11,6 +11,7 @@ from rbe import checkpoint, metrics
 from rbe.cli import show
 from rbe.errors import RbeError
 from rbe.matrix import SeedMatrix
+from rbe.search import baselines
 from rbe.source import open_source
 
 
@@ -27,6 +28,8 @@ class Kept:
         lipschitz: (source, seeds) largest singular values.
         condition: (source, seeds) largest over smallest; None where singular values were estimated.
         uncertainty: what `spectral_error` may be off by; 0 where all is exact.
+        peers: what the seeds, truncated SVD and DCT capture of it at as many bytes, beside the ceiling; None where
+            singular values were estimated.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Kept:
     lipschitz: tuple[float, float]
     condition: tuple[float, float] | None
     uncertainty: float
+    peers: baselines.Comparison | None
 
 
 def compare(folder: Path, source: Path, progress: Callable[[float, float, str], None] | None = None) -> dict[str, Kept]:
@@ -76,6 +80,7 @@ def _kept(name: str, matrix: SeedMatrix, weight: Tensor) -> Kept:
         else (metrics.lipschitz(weight), metrics.lipschitz(decoded)),
         condition=(wanted.condition, ours.condition) if exact else None,
         uncertainty=ours.error + wanted.error,
+        peers=baselines.compare(weight, decoded, matrix.nbytes) if exact else None,
     )
 
 
@@ -130,6 +135,20 @@ def show_kept(found: dict[str, Kept], source: str) -> None:
         for one in found.values()
     ]
     names = ("tensor", "spectral error", "PCR_16", "Lipschitz constant", "condition")
+    compared = [(one.name, one.peers) for one in found.values() if one.peers is not None]
+    if compared:
+        rows_of_peers = [
+            [name, f"{p.bits:.3f}", *(f"{100 * share:.2f} %" for share in (p.captured, p.ceiling, p.svd, p.dct))]
+            for name, p in compared
+        ]
+        show.line("")
+        show.table(
+            "energy kept at equal bytes", ("tensor", "bits/weight", "seeds", "ceiling", "SVD", "DCT"), rows_of_peers
+        )
+        show.line(
+            "ceiling: 1 - 2^(-2 bits), of any code of Gaussian weights; SVD: the largest singular values in float16; "
+            "DCT: the largest coefficients, positions counted"
+        )
     show.line("")
     show.table(f"singular values beside {source}", names, rows)
     show.line(
