@@ -71,7 +71,7 @@ def compiler() -> None:
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.filterwarnings("default")  # torch's compiler warns about itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns about itself
 def test_compiled_equals_eager_bit_for_bit() -> None:
     index = torch.tensor([3, 0, 19])
 
@@ -86,7 +86,7 @@ def test_compiled_equals_eager_bit_for_bit() -> None:
             assert torch.equal(eager, compiled)
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_exported_equals_eager_bit_for_bit() -> None:
     class Model(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:

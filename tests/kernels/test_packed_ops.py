@@ -189,7 +189,7 @@ def compiler() -> None:
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.filterwarnings("default")  # torch's compiler warns about itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns about itself
 def test_compiled_training_step_equals_eager() -> None:
     spec = spec_of({"format": "packed128", "mode": "radial", "block": 16})
     code, radius, angle = point(spec)

@@ -102,7 +102,7 @@ def test_vmap_over_a_frozen_layer() -> None:
     assert close(torch.func.vmap(layer)(x), layer(x))
 
 
-@pytest.mark.filterwarnings("default")  # torch's compiler warns about itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns about itself
 def test_layers_that_differ_in_everything_are_compiled_one_by_one() -> None:
     torch._dynamo.reset()  # type: ignore[no-untyped-call]
     for (rows, columns), block in {(24, 40): 16, (56, 80): 16, (24, 64): 8, (9, 31): 5}.items():
