@@ -331,9 +331,9 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with a language model, streaming the text."""
-    from rbe.cli import work
+    from rbe.cli import write
 
-    work.generate(folder, prompt, max_new_tokens, temperature, top_k, seed, activations.value, as_json)
+    write.generate(folder, prompt, max_new_tokens, temperature, top_k, seed, activations.value, as_json)
 
 
 @app.command()
