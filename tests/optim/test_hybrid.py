@@ -309,3 +309,13 @@ def test_two_processes_agree_bit_for_bit(tmp_path: Path) -> None:
     assert one.keys() == two.keys()
     for name in one:
         assert torch.equal(one[name], two[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_point_at_the_origin_moves_and_stays_a_number(method: str) -> None:
+    """At r = 0 an angle has no derivative, and no division by the length of its vector may happen."""
+    layer = layer_with_gradient("outer128", 0.0, 0.0, (-1.0, 0.0))
+    HybridAdam(layer, lr=0.1, method=method).step()
+    assert torch.isfinite(layer.radius).all()
+    assert torch.isfinite(layer.angle).all()
+    assert (layer.radius > 0).all()
