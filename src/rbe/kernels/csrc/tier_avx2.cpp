@@ -91,7 +91,8 @@ template <int W, bool PAIRED, int PLANES, int FIRST, int COUNT>
 
 template <int W, bool PAIRED, int PLANES>
 void one(const Matrix& m, const Multipliers& g, const int16_t* x, int64_t cols, int64_t i, int64_t total, int64_t* sums) {
-    __m256i wide[EDGE] = {};
+    __m256i wide[EDGE];
+    for (int r = 0; r < EDGE; r++) _mm256_store_si256(wide + r, _mm256_setzero_si256());
     for (int64_t first = 0; first < m.block_cols; first += BLOCKS<PLANES>) {
         const int64_t left = m.block_cols - first, blocks = left < BLOCKS<PLANES> ? left : BLOCKS<PLANES>;
         const uint8_t* block = m.block(i, first);
