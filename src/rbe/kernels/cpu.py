@@ -17,8 +17,10 @@ from rbe.rotation import rotate, rotate_back
 # Rows of x up to which the fused product is at least as fast as decoding a band and calling the platform's GEMM
 # (benchmarks/crossover.py). Integer activations are always fused: their sums are exact, whatever the tier.
 FUSED_ROWS = {"portable": 8, "avx2": 32, "avx512": 48, "amx": 1 << 30}
-# Numbers of the one tile buffer of the many-rows path: 4 MB, inside the second-level caches of two cores.
+# Numbers of the one tile buffer of the many-rows path: 4 MB, near the cores in their caches; but up to four
+# times as many where the matrix is so wide that bands would be narrow, because the GEMM reads all of x for every band.
 TILE = 1 << 20
+NARROW = 256
 
 set_tier = _cpu.set_tier
 tier = _cpu.tier
@@ -64,7 +66,8 @@ def matmul(matrix: _cpu.TrellisMatrix, spec: SeedSpec, x: Tensor, int8: bool) ->
 def _bands(matrix: _cpu.TrellisMatrix, spec: SeedSpec, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Bands of rows of W~, transposed: (columns, width) each, in one buffer that the next band overwrites."""
     rows, columns = spec.shape
-    width = min(rows, max(16, TILE // columns // 16 * 16))
+    size = min(max(TILE, NARROW * columns), 4 * TILE)
+    width = min(rows, max(16, size // columns // 16 * 16))
     buffer = torch.empty(columns * width)
     for begin in range(0, rows, width):
         end = min(begin + width, rows)
