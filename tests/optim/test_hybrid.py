@@ -14,7 +14,7 @@ from rbe.errors import RbeError
 from rbe.formats import make_spec, outer128, packed128
 from rbe.nn import Linear
 from rbe.optim import HybridAdam
-from rbe.optim.hybrid import METHODS
+from rbe.optim.motion import METHODS
 from rbe.optim.transitions import neighbours
 
 FORMATS = ["packed64", "packed128", "outer128"]
