@@ -21,6 +21,10 @@ from rbe.optim.seeds import Points, points, wrap
 from rbe.optim.transitions import Outcome
 from rbe.search.blocks import Blocks
 
+# A beam search that the loss refuses is made again with so much more curvature, this often in all; after one that was
+# right it starts with less.
+_STEEPER, _FLATTER, _TRIES = 4.0, 0.5, 4
+
 
 class HybridAdam(Optimizer):
     """Adam for seeds: points move in the tangent plane, signs by their latents, the rest as in Adam.
@@ -212,8 +216,9 @@ class HybridAdam(Optimizer):
 
         A share of the seeds is drawn. Of each the `width` best codes are kept, all their one-bit neighbours scored by
         the forecast of the loss, gradient and curvature, and the best of both go into the next round. As in `flip` the
-        loss of the same batch decides, in halves, those of the largest forecast gain first; Adam starts anew at the
-        seeds that changed.
+        loss of the same batch decides. What it refuses is searched anew with a larger curvature, for nearer codes, and
+        at last tried by halves, the largest forecast gain first. The curvature found is where the next call starts.
+        Adam starts anew at the seeds that changed.
 
         Args:
             closure: as in `flip`.
@@ -235,10 +240,28 @@ class HybridAdam(Optimizer):
         modules = [m for m in _open(self.model) if m.spec.format == "packed128"]
         if not modules:
             raise RbeError("beam: no open layer is of packed128, whose fields are searched; outer128 has flip()")
-        propose = partial(
-            transitions.beam, generator=self.generator, fields=fields, share=share, width=width, rounds=rounds
-        )
-        return self._transit(modules, closure, propose, tolerance)
+
+        def curvature(module: Seeded, gradient: Blocks) -> float:
+            state = self.state[module.radius]
+            if not state.get("curvature"):
+                state["curvature"] = transitions.curvature(module, gradient.values)
+            return float(state["curvature"])
+
+        def rescale(factor: float) -> None:
+            for module in modules:
+                state = self.state[module.radius]
+                state["curvature"] = state.get("curvature", 0.0) * factor
+
+        def propose(module: Seeded, gradient: Blocks) -> transitions.Moves:
+            h = curvature(module, gradient)
+            return transitions.beam(
+                module, gradient, self.generator, fields=fields, share=share, width=width, rounds=rounds, h=h
+            )
+
+        outcome = self._transit(modules, closure, propose, tolerance, _TRIES, lambda: rescale(_STEEPER))
+        if outcome.accepted == outcome.proposed:
+            rescale(_FLATTER)
+        return outcome
 
     def hold(self, share: float) -> int:
         """Fix this share of every layer's signs, those whose latents are largest; the rest goes on.
@@ -291,10 +314,12 @@ class HybridAdam(Optimizer):
         closure: Callable[[], Tensor],
         propose: Callable[[Seeded, Blocks], transitions.Moves],
         tolerance: float,
+        tries: int = 1,
+        humbler: Callable[[], object] = lambda: None,
     ) -> Outcome:
         """Change bits; gradients and running statistics stay as they were, moments start anew where a code changed."""
         with self._undisturbed():
-            outcome, changed = transitions.transit(modules, closure, propose, tolerance)
+            outcome, changed = transitions.transit(modules, closure, propose, tolerance, tries, humbler)
         for module, mark in zip(modules, changed, strict=True):
             state = self.state.get(module.radius, {})
             for name in ("mean", "square"):
@@ -415,7 +440,7 @@ class HybridAdam(Optimizer):
         """Adam's step for the gradients (n, 2) of some modules; together, one second moment for both components."""
         size = gradient.square().sum(-1, keepdim=True) if together else gradient.square()
         for one, state in zip(some, states, strict=True):
-            if not state:
+            if "mean" not in state:
                 state["step"] = 0
                 state["mean"] = gradient.new_zeros((*one.radius.shape, 2))
                 state["square"] = size.new_zeros((*one.radius.shape, size.shape[-1]))

@@ -19,6 +19,7 @@ from rbe import formats
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec, outer128, packed128
 from rbe.nn.seeded import Seeded
+from rbe.optim.penalties import entropy_changes
 from rbe.rotation import rotate
 from rbe.search.beam import beam as search_beam
 from rbe.search.blocks import Blocks, cut
@@ -133,7 +134,7 @@ def _weights(module: Seeded) -> Tensor:
     return made(module.read_code(), module.radius.detach(), module.angle.detach(), module.spec)
 
 
-def _curvature(module: Seeded, gradient: Tensor) -> float:
+def curvature(module: Seeded, gradient: Tensor) -> float:
     """Of a loss for which a step of the size of the weights, against the gradient, is the best one."""
     size = _weights(module).norm()
     return float(gradient.norm() / size) if size > 0 else 0.0
@@ -147,7 +148,7 @@ def _scores(module: Seeded, chosen: Tensor, gradient: Tensor, masks: Tensor) -> 
     code = module.read_code()[block, stage]
     radius, angle = module.radius.detach()[block, stage], module.angle.detach()[block, stage]
     now = disk.values(code[:, None], radius[:, None], angle[:, None], one)
-    curvature = _curvature(module, gradient)
+    h = curvature(module, gradient)
     height, width = spec.block_shape
     step = max(1, _CHUNK // (height * width * len(masks)))
     found = []
@@ -157,27 +158,8 @@ def _scores(module: Seeded, chosen: Tensor, gradient: Tensor, masks: Tensor) -> 
         r, theta = (p[part, None].expand(-1, len(masks)).reshape(-1, 1) for p in (radius, angle))
         change = disk.values(turned, r, theta, one).reshape(-1, len(masks), height, width) - now[part, None]
         slope = (change * gradient[block[part]][:, None]).sum((2, 3))
-        found.append(slope + curvature / 2 * change.square().sum((2, 3)))
+        found.append(slope + h / 2 * change.square().sum((2, 3)))
     return torch.cat(found)
-
-
-def _variety(code: Tensor) -> Tensor:
-    """Change of the entropy of the quadrants, in nats, by turning each quadrant to each other: (4, 4)."""
-    counts = torch.bincount(packed128.fields(code)["quadrant"].flatten(), minlength=4).double()
-
-    def entropy(n: Tensor) -> Tensor:
-        p = n / n.sum()
-        return -torch.xlogy(p, p).sum()
-
-    change = torch.zeros(4, 4, dtype=torch.float64)
-    for a in range(4):
-        for b in range(4):
-            if a != b and counts[a] > 0:
-                moved = counts.clone()
-                moved[a] -= 1
-                moved[b] += 1
-                change[a, b] = entropy(moved) - entropy(counts)
-    return change
 
 
 def _pick(module: Seeded, share: float, generator: torch.Generator) -> Tensor:
@@ -210,7 +192,7 @@ def draw(
     if variety and spec.format == "packed128":
         code = module.read_code()
         mine = code.flatten()[chosen]
-        table = _variety(code)
+        table = entropy_changes(code)
         quadrants = packed128.fields(mine[:, None] ^ masks)["quadrant"]
         scores = scores - variety * table[packed128.fields(mine)["quadrant"][:, None], quadrants]
     size = scores.square().mean().sqrt()
@@ -235,6 +217,7 @@ def beam(
     share: float,
     width: int,
     rounds: int,
+    h: float,
 ) -> Moves:
     """The best code that a beam search finds for a share of the seeds, the largest forecast gain first.
 
@@ -242,8 +225,7 @@ def beam(
     """
     spec = module.spec
     chosen = _pick(module, share, generator)
-    curvature = _curvature(module, gradient.values)
-    if not len(chosen) or not 0 < curvature < math.inf:
+    if not len(chosen) or not 0 < h < math.inf:
         return chosen[:0], chosen[:0]
     one = formats.make_spec(spec.format, spec.shape, block=spec.block, mode=spec.mode)
     masks, gains = [], []
@@ -253,7 +235,7 @@ def beam(
         radius, angle = (p.detach().flatten()[some, None].double() for p in (module.radius, module.angle))
         part = Blocks(one, gradient.values, gradient.kind, gradient.masks).part(block)
         now = packed128.values(code, radius, angle, one).flatten(1)
-        wanted = (now - part.values.double() / curvature) * part.exists
+        wanted = (now - part.values.double() / h) * part.exists
         problem = Problem(part.with_values(wanted), code)
         found, loss = search_beam(problem, radius, angle, width, rounds, fields)
         masks.append((found ^ code)[:, 0])
@@ -268,23 +250,25 @@ def transit(
     closure: Callable[[], Tensor],
     propose: Callable[[Seeded, Blocks], Moves],
     tolerance: float,
+    tries: int = 1,
+    humbler: Callable[[], object] = lambda: None,
 ) -> tuple[Outcome, list[Tensor]]:
     """Change discrete bits in all modules together, and keep the changes where the loss of the same batch agrees.
 
     Args:
         propose: what to try in a module, from the gradient by its blocks.
+        tries: proposals that may be refused; the last one is tried by halves too.
+        humbler: called after a refusal, before `propose` is asked again.
 
     Returns:
         what happened, and per module a bool (blocks, stages) of the seeds that changed.
     """
     closure = _repeatable(closure)
     before, gradients = _gradients(modules, closure)
-    moves = [propose(module, gradient) for module, gradient in zip(modules, gradients, strict=True)]
     old = [m.read_code().clone() for m in modules]
-    proposed = sum(len(seeds) for seeds, _ in moves)
-    kept, best = 0, before
+    proposed, kept, best = 0, 0, before
 
-    def attempt(lo: float, hi: float, depth: int) -> None:
+    def attempt(moves: list[Moves], lo: float, hi: float, halvings: int) -> None:
         nonlocal kept, best
         some = [tuple(part[int(lo * len(part)) : int(hi * len(part))] for part in move) for move in moves]
         if not any(len(seeds) for seeds, _ in some):
@@ -303,10 +287,16 @@ def transit(
             return
         for module, code in zip(modules, start, strict=True):
             module.write_code(code)
-        if depth < HALVINGS:
-            attempt(lo, (lo + hi) / 2, depth + 1)
-            attempt((lo + hi) / 2, hi, depth + 1)
+        if halvings:
+            attempt(moves, lo, (lo + hi) / 2, halvings - 1)
+            attempt(moves, (lo + hi) / 2, hi, halvings - 1)
 
-    attempt(0.0, 1.0, 0)
+    for k in range(tries):
+        moves = [propose(module, gradient) for module, gradient in zip(modules, gradients, strict=True)]
+        proposed = sum(len(seeds) for seeds, _ in moves)
+        attempt(moves, 0.0, 1.0, HALVINGS if k + 1 == tries else 0)
+        if kept or not proposed:
+            break
+        humbler()
     changed = [module.read_code() != code for module, code in zip(modules, old, strict=True)]
     return Outcome(proposed, kept, before, best), changed
