@@ -389,6 +389,15 @@ def test_signs_held_stay_and_are_the_most_certain() -> None:
     assert all((a != m.latent).any() for a, m in zip(before, (model[0], model[2]), strict=True))
 
 
+def test_a_latent_of_zero_can_turn() -> None:
+    layer = Linear(16, 16, False, format="outer128")
+    with torch.no_grad():
+        layer.latent.zero_()
+    code = torch.full_like(layer.read_code(), 0x0123_4567_89AB_CDEF)
+    layer.write_code(code)
+    assert torch.equal(layer.read_code(), code)
+
+
 def test_components_are_clipped_instead_of_the_norm() -> None:
     layer = layer_with_gradient("packed128", 0.5, 0.3, (3.0, -0.04))
     optimizer = HybridAdam(layer, lr=0.01, method="polar", clip_value=0.1)

@@ -75,6 +75,8 @@ def fold_norms(model: nn.Module) -> int:
         if norm.running_mean is None or layer.spec.rotation[0]:
             continue
         alone: Linear | Conv1d | Conv2d = fold(layer, norm)  # type: ignore[type-var]  # whichever it is
+        if alone.bias is not None:
+            alone.bias.requires_grad_(any(p.requires_grad for p in (*layer.parameters(), *norm.parameters())))
         _put(model, name, alone)
         _put(model, str(node.target), nn.Identity())
         folded += 1

@@ -113,9 +113,14 @@ def rounds(total: int, shares: Sequence[float] = (0.5, 0.75, 0.9, 1.0), start: f
         shares: held in each round, growing.
         start: share of the run at which the first round begins.
 
+    Raises:
+        RbeError: there is no round, or a share is out of range.
+
     Source: MIRACLE, M. Havasi, R. Peharz, J. M. Hernandez-Lobato, arXiv 1810.00440: blocks are fixed one after the
     other, and the others retrained in between.
     """
-    length = (1.0 - start) / max(1, len(shares))
+    if not shares or not 0 < start < 1:
+        raise RbeError(f"rounds: shares {tuple(shares)} must name one at least, start {start} must be in (0, 1)")
+    length = (1.0 - start) / len(shares)
     ends = [start + length * (k + 1) for k in range(len(shares) - 1)] + [1.0]
     return Phases(total, (Phase(start), *(Phase(end, held=share) for end, share in zip(ends, shares, strict=True))))
