@@ -173,8 +173,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit() -> None:
         assert torch.equal(value, model.state_dict()[name]), name
 
 
-def planted(format: str) -> tuple[Linear, Callable[[], Tensor], Tensor]:
-    """A layer that differs from its teacher in some bits only."""
+def planted(format: str) -> tuple[Linear, Callable[..., Tensor], Tensor]:
+    """A layer that differs from its teacher in some bits only; the closure takes other inputs too."""
     torch.manual_seed(3)
     teacher = Linear(48, 48, False, format=format)
     student = copy.deepcopy(teacher)
@@ -184,8 +184,7 @@ def planted(format: str) -> tuple[Linear, Callable[[], Tensor], Tensor]:
     code[wrong, 0] ^= masks[-1 if format == "packed128" else 5]
     student.write_code(code)
     x = torch.randn(512, 48)
-    wanted = teacher(x).detach()
-    return student, lambda: (student(x) - wanted).square().mean(), teacher.read_code()
+    return student, lambda x=x: (student(x) - teacher(x).detach()).square().mean(), teacher.read_code()
 
 
 @pytest.mark.parametrize("format", ["packed128", "outer128"])
@@ -193,13 +192,15 @@ def test_flips_recover_planted_bits(format: str) -> None:
     student, closure, right = planted(format)
     optimizer = HybridAdam(student, seed=1)
     assert (student.read_code() != right).any()
-    losses = [closure().item()]
+    losses, fresh = [closure().item()], torch.randn(512, 48)
+    true_loss = closure(fresh).item()
     for _ in range(40):
         outcome = optimizer.flip(closure, share=0.5, temperature=0.05)
         assert outcome.after <= outcome.before
         assert closure().item() == pytest.approx(outcome.after, rel=1e-5, abs=1e-9)
         losses.append(outcome.after)
     assert losses[-1] < 0.1 * losses[0]
+    assert closure(fresh).item() < 0.1 * true_loss  # on inputs that no flip has seen
 
 
 def test_a_beam_changes_several_bits_at_once_where_single_ones_are_refused() -> None:
