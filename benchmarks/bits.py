@@ -1,6 +1,6 @@
 """Discrete bits of packed128, trained three ways: not at all, by state transitions, by beam search; MNIST at 64:1.
 
-    RBE_DATA=... python -m benchmarks.bits [--epochs 6] [--every 20] [--seeds 0]
+    RBE_DATA=... python -m benchmarks.bits [--epochs 6] [--every 20] [--share 0.05] [--seeds 0]
 
 The points of every seed are trained alike. Bits change until three quarters of the run, on the batch just used. Prints
 validation and test accuracy of the epoch that is best on validation, the share of proposals accepted, and the time.
@@ -22,7 +22,6 @@ from rbe.train import data, load_config, networks
 from rbe.train.run import accuracy
 
 CONFIG = Path(__file__).parent.parent / "examples" / "mnist-64.toml"
-SHARE = 0.05
 Change = Callable[[HybridAdam, Callable[[], Tensor], float, float], Outcome]
 WAYS: dict[str, Change | None] = {
     "points only": None,
@@ -31,7 +30,7 @@ WAYS: dict[str, Change | None] = {
 }
 
 
-def run(way: str, epochs: int, every: int, seed: int) -> None:
+def run(way: str, epochs: int, every: int, share: float, seed: int) -> None:
     config = load_config(CONFIG)
     config = replace(config, seeds=replace(config.seeds, format="packed128"))
     images, recipe = data.load(config), config.train
@@ -62,7 +61,7 @@ def run(way: str, epochs: int, every: int, seed: int) -> None:
             scheduler.step()
             t, change = epoch * steps + k, WAYS[way]
             if change is not None and t % every == 0 and plan(t).bits:
-                outcome = change(optimizer, loss, max(SHARE * settle(t), 1e-6), temperature(epoch))
+                outcome = change(optimizer, loss, max(share * settle(t), 1e-6), temperature(epoch))
                 proposed, accepted = proposed + outcome.proposed, accepted + outcome.accepted
         found = accuracy(model, *images.validation)
         if found > best:
@@ -70,22 +69,23 @@ def run(way: str, epochs: int, every: int, seed: int) -> None:
     seconds = time.monotonic() - began
     model.load_state_dict(kept)
     test = accuracy(model, *images.test)
-    share = f"{accepted} of {proposed}" if proposed else "-"
-    print(f"| {way} | {seed} | {100 * best:.2f} | {100 * test:.2f} | {share} | {seconds:.0f} |", flush=True)
+    changes = f"{accepted} of {proposed}" if proposed else "-"
+    print(f"| {way} | {seed} | {100 * best:.2f} | {100 * test:.2f} | {changes} | {seconds:.0f} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--share", type=float, default=0.05, help="of the seeds that may change, at first")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     args = parser.parse_args()
-    print(f"\n{args.epochs} epochs, bits every {args.every} steps\n")
+    print(f"\n{args.epochs} epochs, bits every {args.every} steps, of {args.share:g} of the seeds at first\n")
     print("| bits | seed | validation | test | changes accepted | s |\n|---|---|---|---|---|---|")
     for seed in args.seeds:
         for way in args.ways:
-            run(way, args.epochs, args.every, seed)
+            run(way, args.epochs, args.every, args.share, seed)
 
 
 if __name__ == "__main__":
