@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from rbe.errors import RbeError
+from rbe.nn.rest import BITS
 
 T = TypeVar("T")
 
@@ -76,6 +77,8 @@ class Recipe:
         flip_share, flip_temperature: at the beginning; both fall as the paper has it.
         teacher: folder of a dense run whose outputs are learned too; relative to the configuration.
         softness, weight: temperature and share of the teacher's outputs in the loss.
+        rest_bits: 16 or 8 fold batch norms into the layers and store what is left beside the seeds so, see
+            `rbe.nn.pack`; 32 leaves it as it is.
         patience: epochs without a better validation accuracy after which a run ends; 0 never.
         seed, threads: of random numbers; of torch, 0 being its own choice.
     """
@@ -94,6 +97,7 @@ class Recipe:
     teacher: str | None = None
     softness: float = 4.0
     weight: float = 0.9
+    rest_bits: int = 32
     patience: int = 0
     seed: int = 0
     threads: int = 0
@@ -224,6 +228,11 @@ def _check(path: Path, config: Config) -> None:
     for what, value, known in choices:
         if value not in known:
             raise RbeError(f"train: {path}: {what} is {value!r}; choose one of {', '.join(known)}")
+    if recipe.rest_bits not in BITS or (recipe.rest_bits < 32 and config.seeds.format == "dense"):
+        raise RbeError(
+            f"train: {path}: [train] rest_bits is {recipe.rest_bits}; choose one of {', '.join(map(str, BITS))}, "
+            "and 32 for a dense network"
+        )
     if model.kind == "mlp" and len(model.widths) < 2:
         raise RbeError(f"train: {path}: [model] widths {list(model.widths)} are no network; give input and output")
     if model.kind == "lenet5" and len(model.widths) != 4:

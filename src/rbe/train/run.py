@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rbe.errors import RbeError
-from rbe.nn import Seeded
+from rbe.nn import Seeded, fold_norms, round_rest, stored_bytes, unpack
 from rbe.optim import HybridAdam, PowerDecay
 from rbe.train import data, networks
 from rbe.train.config import Config
@@ -266,11 +266,16 @@ def load(folder: str | Path) -> nn.Module:
         raise RbeError(
             f"train: there is no finished run in {folder} ({cause}); train it first: rbe train CONFIG --out {folder}"
         ) from cause
-    model = networks.build(Config.from_json(about))
+    config = Config.from_json(about)
+    model = networks.build(config)
     for module in model.modules():
         if isinstance(module, Seeded):
             module.freeze()
-    model.load_state_dict(state)
+    if config.train.rest_bits < 32:
+        fold_norms(model)
+        unpack(model, state)
+    else:
+        model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
 
@@ -317,13 +322,18 @@ def _finish(run: _Run, out: Path, identity: str) -> Result:
     for module in run.model.modules():
         if isinstance(module, Seeded):
             module.freeze()
-    sizes = networks.sizes(run.model)
+    rest_bits = run.config.train.rest_bits
+    sizes, validation, stored = networks.sizes(run.model), run.curve[run.best_epoch], run.model.state_dict()
+    if rest_bits < 32:
+        stored = round_rest(run.model, rest_bits)
+        sizes["bytes"] = stored_bytes(stored)
+        validation = accuracy(run.model, *run.images.validation)
     dense = 4 * sizes["weights"]
     rest = sizes["bytes"] - sizes["seed_bytes"]
     result = Result(
         name=run.config.name,
         accuracy=accuracy(run.model, *run.images.test),
-        validation=run.curve[run.best_epoch],
+        validation=validation,
         epoch=run.best_epoch + 1,
         weights=sizes["weights"],
         seed_bytes=sizes["seed_bytes"],
@@ -333,7 +343,7 @@ def _finish(run: _Run, out: Path, identity: str) -> Result:
         seconds=run.seconds,
         curve=tuple(run.curve),
     )
-    _write(out / WEIGHTS, lambda path: torch.save(run.model.state_dict(), path))
+    _write(out / WEIGHTS, lambda path: torch.save(stored, path))
     text = json.dumps({"config": json.loads(identity), "result": result.to_json()}, indent=1)
     _write(out / RESULT, lambda path: path.write_text(text + "\n"))
     (out / CHECKPOINT).unlink(missing_ok=True)
