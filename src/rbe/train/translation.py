@@ -34,9 +34,7 @@ class Translation(Task):
                       for part, name in FILES.items()}  # fmt: skip
         for part, (one, two) in self.lines.items():
             if len(one) != len(two) or not one:
-                raise RbeError(
-                    f"train: {folder}: {FILES[part]} has {len(one)} and {len(two)} lines; they must be pairs"
-                )
+                raise RbeError(f"train: {folder}: {FILES[part]} has {len(one)} and {len(two)} lines; give pairs")
         self.tokenizer = _learn([*self.lines["train"][0], *self.lines["train"][1]], config.model.vocabulary)
         check_symbols(config, self.tokenizer.get_vocab_size())
         sides = [[torch.tensor(c.ids) for c in self.tokenizer.encode_batch(s)] for s in self.lines["train"]]
