@@ -223,9 +223,36 @@ def test_a_network_of_other_layers_runs_in_the_same_harness(write: Write, tmp_pa
     assert load(tmp_path / "out", build)(torch.zeros(1, 8, 8)).shape == (1, 4)
 
 
-@pytest.mark.parametrize(("name", "seed_bytes"), [("64", 14720), ("256", 3840), ("dense", 939008)])
-def test_the_examples_are_configurations(name: str, seed_bytes: int) -> None:
-    config = load_config(Path(__file__).parent.parent.parent / "examples" / f"mnist-{name}.toml")
-    model = build(config)
-    assert sizes(model)["weights"] == 234752
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "seed_bytes"),
+    [
+        ("mnist-dense", 234752, 939008),
+        ("mnist-64", 234752, 14720),
+        ("mnist-256", 234752, 3840),
+        ("fashion-64", 234752, 14720),
+        ("cifar-mlp-64", 820480, 51328),
+        ("resnet20-64", 268336, 17088),
+        ("lenet5-fc-300", 430500, 4 * (430500 - 400_000) + 4992),
+        ("lstm-180", 4260864, 87040),
+        ("multi30k", 7553024, 4 * 8000 * 256 + 95232),
+    ],
+)
+def test_the_examples_have_the_bytes_they_say(name: str, weights: int, seed_bytes: int) -> None:
+    model = build(load_config(EXAMPLES / f"{name}.toml"))
+    assert sizes(model)["weights"] == weights
     assert sizes(model)["seed_bytes"] == seed_bytes
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_example_is_a_configuration(path: Path) -> None:
+    config = load_config(path)
+    assert config.train.epochs or config.model.start
+    if config.train.teacher is not None and "runs" in config.train.teacher:
+        taught_by = load_config(EXAMPLES / f"{Path(config.train.teacher).name}.toml")
+        assert taught_by.seeds.format == "dense"
+        shape = replace(config.model, dropout=0.0)
+        assert replace(taught_by.model, dropout=0.0) == shape
+        assert taught_by.data == config.data
