@@ -12,10 +12,10 @@ from torch import nn
 
 from rbe.errors import RbeError
 from rbe.nn import Seeded
-from rbe.train import Config, load, load_config, train
+from rbe.train import Config, data, load, load_config, train
 from rbe.train.data import shifted
 from rbe.train.networks import build, sizes
-from rbe.train.run import CHECKPOINT, RESULT
+from rbe.train.run import CHECKPOINT, RESULT, accuracy
 
 Write = Callable[..., Path]
 
@@ -72,6 +72,20 @@ def test_bytes_are_counted_whole(write: Write) -> None:
         if isinstance(module, Seeded):
             module.freeze()
     assert sizes(model)["bytes"] == seeds + rest
+
+
+@pytest.mark.parametrize(("bits", "each"), [(16, 2), (8, 1)])
+def test_the_rest_can_be_small(write: Write, tmp_path: Path, bits: int, each: int) -> None:
+    config = load_config(write(QUICK + f"rest_bits = {bits}\n"))
+    result = train(config, tmp_path / "out")
+    vectors = 32 + 32 + 4  # row scales and bias of the first layer, bias of the second
+    steps = 4 * 3 if bits == 8 else 0
+    assert result.bytes == result.seed_bytes + 4 * 2 + each * vectors + steps
+    assert result.accuracy > 0.6
+    images = data.load(config)
+    again = load(tmp_path / "out")
+    assert accuracy(again, *images.test) == result.accuracy
+    assert accuracy(again, *images.validation) == result.validation
 
 
 class Stopped(Exception):
@@ -157,6 +171,8 @@ def test_shifted_images_are_moved_whole() -> None:
         ("[train]\nepoch = 3\n", "did you mean epochs"),
         ("[train]\nepochs = 'many'\n", "must be int"),
         ("[train]\nepochs = 0\n", "must be positive"),
+        ("[train]\nrest_bits = 4\n", "rest_bits is 4"),
+        ("[seeds]\nformat = 'dense'\n[train]\nrest_bits = 8\n", "32 for a dense network"),
         ("[seeds]\nformat = 'trellis'\n", "choose one of"),
         ("[model]\nkind = 'vgg'\n", "choose one of"),
         ("[model]\nwidths = [3]\n", "no network"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rbe.errors import RbeError
+from rbe.nn.rest import BITS
 from rbe.train.config import PARTS, Config, Layer, Seeds
 
 T = TypeVar("T")
@@ -145,6 +146,12 @@ def _check(path: Path, config: Config) -> None:
         if value not in known:
             raise RbeError(f"train: {path}: {what} is {value!r}; choose one of {', '.join(known)}")
     _check_numbers(path, config)
+    rest = config.train.rest_bits
+    if rest not in BITS or (rest < 32 and seeds.format == "dense"):
+        offered = ", ".join(map(str, BITS))
+        raise RbeError(
+            f"train: {path}: [train] rest_bits is {rest}; choose one of {offered}, and 32 for a dense network"
+        )
     if model.kind == "mlp" and len(model.widths) < 2:
         raise RbeError(f"train: {path}: [model] widths {list(model.widths)} are no network; give input and output")
     if model.kind == "lenet5" and len(model.widths) != 4:

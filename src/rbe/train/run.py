@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rbe.errors import RbeError
+from rbe.nn import round_rest, stored_bytes
 from rbe.optim import HybridAdam, PowerDecay
 from rbe.train import budget, networks, store
 from rbe.train.budget import Share
@@ -351,14 +352,19 @@ def _finish(run: _Run, out: Path, identity: str) -> Result:
     """Freeze the best epoch, test it once, and write everything."""
     run.model.load_state_dict(run.best)
     store.freeze(run.model)
-    sizes = networks.sizes(run.model)
+    rest_bits = run.config.train.rest_bits
+    sizes, validation, stored = networks.sizes(run.model), run.curve[run.best_epoch], run.model.state_dict()
+    if rest_bits < 32:
+        stored = round_rest(run.model, rest_bits)
+        sizes["bytes"] = stored_bytes(stored)
+        validation = run.task.measure(run.model, "validation")
     dense = 4 * sizes["weights"]
     rest = sizes["bytes"] - sizes["seed_bytes"]
     result = Result(
         name=run.config.name,
         metric=run.task.metric,
         value=run.task.measure(run.model, "test"),
-        validation=run.curve[run.best_epoch],
+        validation=validation,
         epoch=run.best_epoch + 1 if run.config.train.epochs else 0,
         weights=sizes["weights"],
         seed_bytes=sizes["seed_bytes"],
@@ -369,7 +375,7 @@ def _finish(run: _Run, out: Path, identity: str) -> Result:
         curve=tuple(run.curve),
         plan=run.plan,
     )
-    store.write(out / WEIGHTS, lambda path: torch.save(run.model.state_dict(), path))
+    store.write(out / WEIGHTS, lambda path: torch.save(stored, path))
     text = json.dumps({"config": json.loads(identity), "result": result.to_json()}, indent=1)
     store.write(out / RESULT, lambda path: path.write_text(text + "\n"))
     (out / CHECKPOINT).unlink(missing_ok=True)
