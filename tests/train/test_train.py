@@ -165,6 +165,17 @@ def test_shifted_images_are_moved_whole() -> None:
     assert shifted(x, 0, -1.0, torch.Generator()) is x
 
 
+def test_norms_are_measured_anew_for_validation(write: Write, tmp_path: Path) -> None:
+    """At a rate at which signs turn every step, running statistics are of no network; those measured afterwards are."""
+    config = load_config(write("[train]\nepochs = 1\nbatch = 100\nlr = 0.02\n"))
+    train(config, tmp_path / "out")
+    model, images = load(tmp_path / "out"), data.load(config)
+    seen: list[torch.Tensor] = []
+    model.norm1.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0]))
+    model(images.train[0])
+    torch.testing.assert_close(model.norm1.running_mean, seen[0].mean(0), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [

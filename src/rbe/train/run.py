@@ -30,6 +30,8 @@ __all__ = ["CHECKPOINT", "RESULT", "WEIGHTS", "Build", "Epoch", "Progress", "Res
 
 # After this share of the steps discrete bits stay: the rest polishes what they are.
 SETTLED = 0.75
+# Batches of training examples that the statistics of batch norms are taken from, after every epoch.
+NORM_BATCHES = 40
 
 TASKS: dict[str, type[Task]] = {
     "images": Pictures,
@@ -306,12 +308,36 @@ class _Run:
     def judge(self, loss: float) -> None:
         """Validate, and keep the network if none was better."""
         rates = {group["role"]: float(group["lr"]) for group in self.optimizer.param_groups}
+        if self.config.train.epochs:
+            self._measure_norms()
         value = self.task.measure(self.model, "validation")
         self.history.append(Epoch(loss, value, _turned(self.model, self.signs), rates))
         best = self.curve[self.best_epoch]
         if self.best_epoch < 0 or (value > best if self.task.rises else value < best):
             self.best_epoch = len(self.history) - 1
             self.best = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    @torch.no_grad()
+    def _measure_norms(self) -> None:
+        """Statistics of batch norms for the weights as they are now.
+
+        Running means lag some steps behind, in which many signs turn: with them validation measures a network that
+        never was.
+        """
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in norms if m.track_running_stats]
+        if not norms:
+            return
+        momenta = [m.momentum for m in norms]
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None  # the plain mean over what follows
+        self.model.train()
+        generator = torch.Generator().manual_seed(len(self.history))
+        for batch in islice(self.task.batches(generator), NORM_BATCHES):
+            self.model(*batch.inputs)
+        for m, momentum in zip(norms, momenta, strict=True):
+            m.momentum = momentum
 
     def loss(self, batch: Batch, hints: Tensor | None) -> Tensor:
         recipe = self.config.train
