@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from rbe.cli import learn
 from rbe.errors import RbeError
 from rbe.nn import Seeded
 from rbe.train import Config, data, load, load_config, train
@@ -283,3 +284,17 @@ def test_every_example_is_a_configuration(path: Path) -> None:
         shape = replace(config.model, dropout=0.0)
         assert replace(taught_by.model, dropout=0.0) == shape
         assert taught_by.data == config.data
+
+
+def test_the_command_writes_a_page_and_one_line(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learn.train(write("[seeds]\nblock = 8\nbytes = 600\n" + QUICK), tmp_path / "out", False, True)
+    line = json.loads(capsys.readouterr().out)
+    assert line["accuracy"] == line["value"]
+    assert {"seed_bytes", "bytes", "ratio", "seconds", "plan"} <= set(line)
+    assert line["seed_bytes"] <= 600
+    page = (tmp_path / "out" / learn.PAGE).read_text()
+    for part in ("<svg", "signs that have turned", "learning rates", "validation accuracy", "4 / 4"):
+        assert part in page
+    assert "<script" not in page
