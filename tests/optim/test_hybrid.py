@@ -560,3 +560,14 @@ def test_a_point_at_the_origin_moves_and_stays_a_number(method: str) -> None:
     assert torch.isfinite(layer.radius).all()
     assert torch.isfinite(layer.angle).all()
     assert (layer.radius > 0).all()
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_a_scale_moves_by_its_logarithm(size: float) -> None:
+    layer = Linear(16, 16, bias=False, format="outer128")
+    with torch.no_grad():
+        layer.scale.fill_(size)
+    optimizer = HybridAdam(layer, lr=0.01)
+    layer.scale.grad = torch.tensor(5.0)
+    optimizer.step()
+    assert layer.scale.item() == pytest.approx(size * math.exp(-0.01), rel=1e-5)

@@ -19,7 +19,7 @@ def test_every_role_moves_in_its_phases_only() -> None:
     plan = Phases(6, (Phase(1 / 3, latent=0.0), Phase(2 / 3, point=0.0), Phase(1.0, latent=0.0, dense=0.0)))
     scheduler = LambdaLR(optimizer, plan.factors(optimizer))
     x = torch.randn(16, 16)
-    watched = {"point": model[2].radius, "latent": model[0].latent, "dense": model[0].bias}
+    watched = {"point": model[2].radius, "latent": model[0].latent, "dense": model[0].bias, "scale": model[0].scale}
     for t in range(6):
         before = {role: p.detach().clone() for role, p in watched.items()}
         optimizer.zero_grad()
@@ -27,7 +27,10 @@ def test_every_role_moves_in_its_phases_only() -> None:
         optimizer.step()
         scheduler.step()
         for role, p in watched.items():
-            assert torch.equal(p, before[role]) == (getattr(plan(t), role) == 0.0), (t, role)
+            assert torch.equal(p, before[role]) == (getattr(plan(t), "dense" if role == "scale" else role) == 0.0), (
+                t,
+                role,
+            )
 
 
 def test_factors_multiply_another_schedule_and_its_state_is_saved() -> None:
@@ -40,9 +43,9 @@ def test_factors_multiply_another_schedule_and_its_state_is_saved() -> None:
         seen.append(scheduler.get_last_lr())
         optimizer.step()
         scheduler.step()
-    for t, (point, latent, dense) in enumerate(seen):
+    for t, (point, latent, scale, dense) in enumerate(seen):
         decay = (5 / (5 + t)) ** 0.5
-        assert point == dense == pytest.approx(0.5 * decay)
+        assert point == scale == dense == pytest.approx(0.5 * decay)
         assert latent == pytest.approx(0.25 * decay if 1 <= t < 15 else 0.0)
     again = LambdaLR(HybridAdam(model, lr=0.5, latent_lr=0.25), plan.factors(optimizer, base))
     again.load_state_dict(scheduler.state_dict())

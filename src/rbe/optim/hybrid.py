@@ -46,11 +46,14 @@ class HybridAdam(Optimizer):
       along a geodesic.
     * "polar": Adam on r and theta themselves, then clipped and wrapped, as the paper has it.
 
-    Parameter groups have a "role": "point", "latent" or "dense"; schedulers see them like any others.
+    The scale of a matrix moves by its logarithm: it is as small as weights are, and steps of the size of a learning
+    rate would throw it about, and with it the statistics of a norm behind it.
+
+    Parameter groups have a "role": "point", "latent", "scale" or "dense"; schedulers see them like any others.
 
     Args:
         model: its Seeded modules must be open where they are to be trained.
-        lr: learning rate of points.
+        lr: learning rate of points, and of the logarithms of scales.
         method: how points move.
         latent_lr, dense_lr: learning rates of latents and of everything else; lr when left out.
         betas, eps: as in Adam.
@@ -105,10 +108,13 @@ class HybridAdam(Optimizer):
         self.points: list[Points] = points(model)
         own = {id(p) for one in self.points for p in (one.radius, one.angle)}
         latents = [m.latent for m in _open(model) if "latent" in m._parameters]
-        dense = [p for p in model.parameters() if id(p) not in own | {id(p) for p in latents}]
+        scales = [m.scale for m in _open(model) if "scale" in m._parameters]
+        own |= {id(p) for p in (*latents, *scales)}
+        dense = [p for p in model.parameters() if id(p) not in own]
         groups = [
             {"role": "point", "lr": lr, "params": [p for one in self.points for p in (one.radius, one.angle)]},
             {"role": "latent", "lr": rates["latent_lr"], "params": latents},
+            {"role": "scale", "lr": lr, "params": scales},
             {"role": "dense", "lr": rates["dense_lr"], "weight_decay": weight_decay, "params": dense},
         ]
         groups = [group for group in groups if group["params"]]
@@ -132,6 +138,8 @@ class HybridAdam(Optimizer):
         for group in self.param_groups:
             if group["role"] == "point":
                 self._move_all(group, factor)
+            elif group["role"] == "scale":
+                self._stretch(group)
             else:
                 self._descend(group, factor if group["role"] == "latent" else 1.0)
         return loss
@@ -360,7 +368,13 @@ class HybridAdam(Optimizer):
         """The factor that brings the seeds' gradients down to the longest allowed."""
         if self.clip_norm is None:
             return 1.0
-        grads = [p.grad for g in self.param_groups if g["role"] != "dense" for p in g["params"] if p.grad is not None]
+        grads = [
+            p.grad
+            for g in self.param_groups
+            if g["role"] in ("point", "latent")
+            for p in g["params"]
+            if p.grad is not None
+        ]
         total = float(nn.utils.get_total_norm(grads))
         return min(1.0, self.clip_norm / total) if total > 0 else 1.0
 
@@ -380,6 +394,25 @@ class HybridAdam(Optimizer):
         states = [self._moments(p) for p in moving]
         grads = [p.grad if factor == 1.0 else p.grad * factor for p in moving]
         grads = [g * state["free"] if "free" in state else g for g, state in zip(grads, states, strict=True)]
+        self._adam_all(moving, grads, states, group)
+        if group["role"] == "latent":
+            for p in moving:
+                p.clamp_(-self.latent_limit, self.latent_limit)
+
+    def _stretch(self, group: dict[str, Any]) -> None:
+        """One step of all scales: Adam on their logarithms."""
+        moving = [p for p in group["params"] if p.grad is not None]
+        if not moving:
+            return
+        moves = [torch.zeros_like(p) for p in moving]
+        grads = [p.grad * p for p in moving]
+        self._adam_all(moves, grads, [self._moments(p) for p in moving], group)
+        for p, move in zip(moving, moves, strict=True):
+            p.mul_(move.exp())
+
+    def _adam_all(
+        self, moving: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> None:
         first, second = group["betas"]
         adam(
             moving,
@@ -398,9 +431,6 @@ class HybridAdam(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        if group["role"] == "latent":
-            for p in moving:
-                p.clamp_(-self.latent_limit, self.latent_limit)
 
     def _move_all(self, group: dict[str, Any], factor: float) -> None:
         """One step of the points, those of all modules side by side where limits and number of steps are the same."""

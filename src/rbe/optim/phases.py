@@ -75,12 +75,15 @@ class Phases:
     ) -> list[Callable[[int], float]]:
         """What `LambdaLR` takes: for every parameter group the factor of its role, times that of another schedule.
 
+        Scales have the factor of what is dense.
+
         Raises:
             RbeError: a group has no role; those of `HybridAdam` have.
         """
         return [self._factor(group.get("role"), base) for group in optimizer.param_groups]
 
     def _factor(self, role: str | None, base: Callable[[int], float]) -> Callable[[int], float]:
+        role = "dense" if role == "scale" else role
         if role not in ROLES:
             raise RbeError(f"Phases: a parameter group has the role {role!r}; use HybridAdam, whose groups have one")
         # A plain function: a scheduler saves the attributes of any other callable, and a restart makes this one anew.
