@@ -61,6 +61,9 @@ def sizes(model: nn.Module) -> dict[str, int]:
     Returns:
         weights: of the matrices; seed_bytes: that stand for them (all of them, where they are dense); bytes: of
         everything that must be stored, scales, biases, norms and their running statistics included.
+
+    A layer that is neither seeds nor torch's has a method `stored() -> (weights, bytes)`: of its matrix, and what
+    stands for it. These bytes take the place of its own parameters and buffers, but not of a `bias`.
     """
     weights = seed_bytes = whole = 0
     own: set[int] = set()
@@ -75,10 +78,15 @@ def sizes(model: nn.Module) -> dict[str, int]:
             bias = module._parameters.get("bias")
             if bias is not None:
                 own.discard(id(bias))
+        elif callable(stored := getattr(module, "stored", None)):
+            matrix_weights, matrix_bytes = stored()
+            weights, seed_bytes, whole = weights + matrix_weights, seed_bytes + matrix_bytes, whole + matrix_bytes
+            tensors = (*module._parameters.items(), *module._buffers.items())
+            own |= {id(t) for name, t in tensors if t is not None and name != "bias"}
         elif isinstance(module, nn.Linear | nn.Conv2d):
             weights += module.weight.numel()
             seed_bytes += 4 * module.weight.numel()
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    every: list[Tensor] = [*model.parameters(), *model.buffers()]
     # The counter of batch norms takes part in nothing.
-    kept = [t for t in tensors if id(t) not in own and t.is_floating_point()]
+    kept = [t for t in every if id(t) not in own and t.is_floating_point()]
     return {"weights": weights, "seed_bytes": seed_bytes, "bytes": whole + sum(t.numel() * 4 for t in kept)}

@@ -25,6 +25,8 @@ WEIGHTS = "model.pt"
 # After this share of the steps discrete bits stay: the rest polishes what they are.
 SETTLED = 0.75
 
+Build = Callable[[Config], nn.Module]
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -84,14 +86,17 @@ def train(
     out: str | Path,
     tell: Callable[[Progress], object] | None = None,
     restart: bool = False,
+    build: Build = networks.build,
 ) -> Result:
     """Train a network, or go on where an interrupted run of the same configuration stood.
 
     Args:
-        config: the run.
+        config: the run; its name tells apart what was built differently.
         out: folder for checkpoint, result and the trained model (frozen seeds, `model.pt`, a state dict).
         tell: called after every epoch.
         restart: throw away what is in the folder.
+        build: makes the network in place of `networks.build`, for layers that are no seeds; a layer of its own kind
+            has a method `stored`, see `networks.sizes`.
 
     Raises:
         RbeError: the data or the teacher are not there, the folder holds another run, or the loss is no number.
@@ -107,7 +112,7 @@ def train(
     teacher = None if config.train.teacher is None else load(config.folder / config.train.teacher)
     images = data.load(config)
     torch.manual_seed(config.train.seed)
-    model = networks.build(config)
+    model = build(config)
     run = _Run(config, images, model, teacher)
     if saved is not None:
         run.restore(saved)
@@ -252,8 +257,12 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch: int = 1000) -> float
     return right / len(x)
 
 
-def load(folder: str | Path) -> nn.Module:
+def load(folder: str | Path, build: Build = networks.build) -> nn.Module:
     """The trained network of a finished run, with frozen seeds, in evaluation mode.
+
+    Args:
+        folder: of the run.
+        build: what it was trained with.
 
     Raises:
         RbeError: the folder holds no finished run.
@@ -266,7 +275,7 @@ def load(folder: str | Path) -> nn.Module:
         raise RbeError(
             f"train: there is no finished run in {folder} ({cause}); train it first: rbe train CONFIG --out {folder}"
         ) from cause
-    model = networks.build(Config.from_json(about))
+    model = build(Config.from_json(about))
     for module in model.modules():
         if isinstance(module, Seeded):
             module.freeze()
