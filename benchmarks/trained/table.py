@@ -234,7 +234,7 @@ def draw(plan: Plan) -> Path:
     for name in METHODS:
         points = sorted((r.bytes, 100 * r.test) for r in found if r.method == name)
         if points:
-            style = "k-o" if name == "outer128" else "-" if name.startswith("dense") else "--"
+            style = "k-" if name == "outer128" else "-" if name.startswith("dense") else "--"
             axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, label=name)
     axes.set(xscale="log", xlabel="bytes, everything counted", ylabel="test accuracy, %", title=plan.task)
     axes.legend(fontsize=8)
