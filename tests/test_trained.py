@@ -129,7 +129,9 @@ def test_a_hash_uses_every_entry_of_its_table_and_both_signs() -> None:
     counts = torch.bincount(layer.index, minlength=1000)
     # Eight weights an entry on average; a Poisson number of 8 is 0 once in 3,000.
     assert int((counts == 0).sum()) < 5
-    assert abs(float(layer.sign.sign().mean())) < 0.05
+    entries = layer.values().detach()[layer.index]
+    signs = (layer.weight().detach().reshape(-1) / entries).sign()
+    assert set(signs.tolist()) == {-1.0, 1.0} and abs(float(signs.mean())) < 0.05
 
 
 def test_huffman_meets_kraft_and_stays_within_a_bit_of_the_entropy() -> None:
