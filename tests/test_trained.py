@@ -1,5 +1,6 @@
 """The peers of `benchmarks.trained`: every byte counted, gradients that exist, networks that fit their bytes."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -191,6 +192,15 @@ def test_pruning_ends_at_the_bytes_asked_for_and_is_silent_before() -> None:
     assert torch.equal(other.eval()(x), before)
 
 
+def test_a_weight_that_was_dropped_stays_away() -> None:
+    matrix = SparseLinear(20, 10, 4)
+    matrix.keep(30)
+    before = matrix.kept.clone()
+    assert int(matrix.trial(100)[0].sum()) == 30
+    matrix.keep(100)
+    assert torch.equal(matrix.kept, before)
+
+
 def test_kept_weights_are_spread_by_the_sides_of_matrices() -> None:
     layers = [SparseLinear(784, 256, 2), SparseLinear(256, 128, 2), SparseLinear(128, 10, 2)]
     assert spread(1.0, layers) == [784 * 256, 256 * 128, 1280]
@@ -256,7 +266,8 @@ def test_a_row_is_tuned_without_the_test_split_and_kept(plan: table.Plan, name: 
     assert row.validation > 0.8
     assert row.test < 0.2
     with np.load(table.untested(plan)) as file:
-        assert np.array_equal(file["x_test"], file["x_train"][-100:])
+        for part in "xy":
+            assert np.array_equal(file[f"{part}_test"], file[f"{part}_train"][-100:])
     said.clear()
     assert table.row(plan, name, said.append) == row
     assert not said
@@ -270,5 +281,9 @@ def test_a_teacher_and_moved_images_are_offered_to_every_method(plan: table.Plan
     row = table.row(other, "dense 2-bit 14x14", lambda line: None)
     assert row is not None and row.options == "shift 1, distilled"
     assert row.validation > 0.5
-    assert (plan.folder / "mnist-dense shift 1" / "result.json").is_file()
+    taught = [json.loads(path.read_text())["config"] for path in other.place.glob("*/result.json")]
+    assert len(taught) == 4
+    for config in taught:
+        assert config["data"]["shift"] == 1
+        assert (Path(config["train"]["teacher"]) / "result.json").is_file()
     assert table.rows(plan) == []

@@ -96,15 +96,18 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def keep(self, count: int) -> None:
         """Keep the largest of the weights kept so far."""
-        size = torch.where(self.kept, self.latent.abs(), -1.0)
-        self.kept.zero_()
-        self.kept[size.topk(min(count, len(size))).indices] = True
+        self.kept.copy_(self.largest(count))
 
-    def trial(self, count: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Kept, centres, codes and bytes, if so many of the weights kept now were kept."""
+    def largest(self, count: int) -> Tensor:
+        """Where the largest of the weights kept so far are, bool (weights,)."""
         size = torch.where(self.kept, self.latent.detach().abs(), -1.0)
         kept = torch.zeros_like(self.kept)
         kept[size.topk(min(count, int(self.kept.sum()))).indices] = True
+        return kept
+
+    def trial(self, count: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Kept, centres, codes and bytes, if so many of the weights kept now were kept."""
+        kept = self.largest(count)
         centres, codes = shared_values(self.latent.detach()[kept], self.levels)
         code = torch.zeros_like(self.code)
         code[kept] = codes
