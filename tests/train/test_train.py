@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from rbe.errors import RbeError
 from rbe.nn import Seeded
-from rbe.train import load, load_config, train
+from rbe.train import Config, load, load_config, train
 from rbe.train.data import shifted
 from rbe.train.networks import build, sizes
 from rbe.train.run import CHECKPOINT, RESULT
@@ -192,6 +193,34 @@ def test_a_loss_that_is_no_number_ends_the_run(write: Write, tmp_path: Path) -> 
     config = load_config(write("[seeds]\nformat = 'dense'\n[train]\nepochs = 2\nbatch = 50\nlr = 1e30\n"))
     with pytest.raises(RbeError, match="no number"):
         train(config, tmp_path / "out")
+
+
+class Halves(nn.Module):
+    """A layer of another kind: weights that are stored in two bytes."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(outputs, inputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def stored(self) -> tuple[int, int]:
+        return self.matrix.numel(), 2 * self.matrix.numel()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.matrix, self.bias)
+
+
+def test_a_network_of_other_layers_runs_in_the_same_harness(write: Write, tmp_path: Path) -> None:
+    config = load_config(write(QUICK.replace("flip_every = 4", "flip_every = 0")))
+
+    def build(config: Config) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), Halves(64, 4))
+
+    result = train(config, tmp_path / "out", build=build)
+    assert (result.weights, result.seed_bytes, result.bytes) == (256, 512, 512 + 16)
+    assert result.ratio == 2
+    assert result.accuracy > 0.6
+    assert load(tmp_path / "out", build)(torch.zeros(1, 8, 8)).shape == (1, 4)
 
 
 @pytest.mark.parametrize(("name", "seed_bytes"), [("64", 14720), ("256", 3840), ("dense", 939008)])
