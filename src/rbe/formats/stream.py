@@ -215,7 +215,9 @@ def _walk(
 
 def _check(shape: tuple[int, int], cells: int) -> None:
     if len(shape) != 2 or min(shape) < 1 or not 1 <= cells <= shape[1]:
-        raise RbeError(f"stream: shape {tuple(shape)} with groups of {cells} columns; give two positive sides, 1 or more")
+        raise RbeError(
+            f"stream: shape {tuple(shape)} with groups of {cells} columns; give two positive sides, 1 or more"
+        )
 
 
 def pack(levels: Tensor, *, cells: int = 1, bias: bool = False) -> Tensor:
@@ -243,12 +245,12 @@ def pack(levels: Tensor, *, cells: int = 1, bias: bool = False) -> Tensor:
     if most > LARGEST:
         raise RbeError(f"stream: a level of {most} is too large; at most {LARGEST} can be said, choose a larger scale")
     known = levels.tolist()
-    made = []
+    made: list[bytes] = []
     for marked in (False, True):
         writer = _Writer()
         _walk(writer, rows, columns, cells, bias, known, marked)
         made.append(writer.finish())
-    return torch.frombuffer(bytearray(min(made, key=len)), dtype=torch.uint8) if any(made) else torch.empty(0, dtype=torch.uint8)
+    return torch.tensor(list(min(made, key=len)), dtype=torch.uint8)
 
 
 def unpack(seed: Tensor, shape: tuple[int, int], *, cells: int = 1, bias: bool = False) -> Tensor:
@@ -276,7 +278,7 @@ def unpack(seed: Tensor, shape: tuple[int, int], *, cells: int = 1, bias: bool =
     levels = _walk(reader, *shape, cells, bias, None, False)
     if len(data) > reader.next:
         raise RbeError(
-            f"stream: a matrix of {tuple(shape)} is full after {reader.next} of the seed's {len(data)} bytes; the shape, "
-            "the groups or the bias are not those it was packed with"
+            f"stream: a matrix of {tuple(shape)} is full after {reader.next} of the seed's {len(data)} bytes; the "
+            "shape, the groups or the bias are not those it was packed with"
         )
     return torch.tensor(levels, dtype=torch.int16)

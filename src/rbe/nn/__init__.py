@@ -11,6 +11,7 @@ from rbe.nn.norm import BatchNorm1d, BatchNorm2d, LayerNorm, RMSNorm, fold
 from rbe.nn.position import SeededEncoding, SinusoidalEncoding
 from rbe.nn.recurrent import GRU, LSTM
 from rbe.nn.seeded import Seeded, SeededVector, set_activations
+from rbe.nn.stream import Stream, StreamConv2d, StreamLinear
 from rbe.nn.transformer import BlockCache, TransformerBlock, TransformerDecoder, TransformerEncoder
 
 __all__ = [
@@ -33,6 +34,9 @@ __all__ = [
     "SeededEncoding",
     "SeededVector",
     "SinusoidalEncoding",
+    "Stream",
+    "StreamConv2d",
+    "StreamLinear",
     "TransformerBlock",
     "TransformerDecoder",
     "TransformerEncoder",
