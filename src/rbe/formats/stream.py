@@ -245,12 +245,13 @@ def pack(levels: Tensor, *, cells: int = 1, bias: bool = False) -> Tensor:
     if most > LARGEST:
         raise RbeError(f"stream: a level of {most} is too large; at most {LARGEST} can be said, choose a larger scale")
     known = levels.tolist()
-    made: list[bytes] = []
+    written: dict[bool, bytes] = {}
     for marked in (False, True):
         writer = _Writer()
         _walk(writer, rows, columns, cells, bias, known, marked)
-        made.append(writer.finish())
-    return torch.tensor(list(min(made, key=len)), dtype=torch.uint8)
+        written[marked] = writer.finish()
+    shorter = len(written[True]) < len(written[False])
+    return torch.tensor(list(written[shorter]), dtype=torch.uint8)
 
 
 def unpack(seed: Tensor, shape: tuple[int, int], *, cells: int = 1, bias: bool = False) -> Tensor:

@@ -155,9 +155,9 @@ class StreamAdam(torch.optim.Adam):
         bits = sum(bits for bits, _ in found)
         group["fresh"] = group["fresh"] or bits
         part = min(1.0, group["done"] / (REACH * self.steps))
-        # The streams are read once in a while only: that takes a second.
+        # The streams are written once in a while only, and when they are short: that takes a second.
         turn = self.steps // COUNTS // EVERY * EVERY or EVERY
-        if part >= 0.5 and group["done"] % turn == 0:
+        if part >= 0.8 and group["done"] % turn == 0:
             group["true"] = 8 * self.count() / bits
         aim = 8 * AIM * self.bytes / group["true"]
         target = group["fresh"] * (aim / group["fresh"]) ** part
