@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from rbe.errors import RbeError
-from rbe.nn import Stream, StreamConv2d, StreamLinear
+from rbe.nn import Stream, StreamConv2d, StreamLinear, count
 
 
 def layers(bias: bool, corner: bool) -> list[tuple[Stream, torch.Tensor]]:
@@ -98,3 +98,11 @@ def test_bad_input_is_refused_by_name() -> None:
         StreamLinear(4, 4)(torch.randn(2, 5))
     with pytest.raises(RbeError, match="must be"):
         StreamConv2d(4, 4, 3)(torch.randn(2, 3, 5, 5))
+
+
+def test_bytes_are_counted_whole() -> None:
+    layer = StreamLinear(30, 20)
+    found = count(layer)
+    assert (found.matrix_weights, found.vector_weights, found.dense_weights) == (600, 20, 0)
+    assert found.seed_bytes == len(layer.pack())
+    assert found.whole_bytes == found.seed_bytes + 4 == count(layer.freeze()).whole_bytes
