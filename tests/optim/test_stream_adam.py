@@ -39,6 +39,15 @@ def test_a_sparse_truth_is_found_within_its_bytes() -> None:
     assert functional.mse_loss(model(x), y).item() < 0.05 * float(y.square().mean())
 
 
+def test_the_pressure_leads_to_the_bytes() -> None:
+    model, x, _ = problem()
+    y = 5 * torch.randn(400, 20)  # nothing is to be learned: every level would be wanted, a little
+    optimizer = StreamAdam(model, 100, 400, 3e-2)
+    optimizer.param_groups[0]["pressure"] = 1e-3  # where a run of thousands of steps has long been
+    run(model, optimizer, x, y, 400)
+    assert 70 < optimizer.count() < 120
+
+
 def test_a_tight_number_of_bytes_is_kept() -> None:
     model, x, y = problem()
     optimizer = StreamAdam(model, 20, 100, 3e-2)

@@ -226,9 +226,7 @@ class _Run:
     def done(self) -> bool:
         recipe = self.config.train
         waited = len(self.history) - 1 - self.best_epoch
-        return len(self.history) >= recipe.epochs or bool(
-            recipe.patience and self.history and waited >= recipe.patience
-        )
+        return len(self.history) >= recipe.epochs or bool(recipe.patience and self.best and waited >= recipe.patience)
 
     @property
     def progress(self) -> Progress:
