@@ -46,6 +46,15 @@ def test_the_division_is_the_best_there_is() -> None:
     assert spent > 944
 
 
+def test_a_byte_counts_and_not_a_step() -> None:
+    ways = {name: [Choice(32, 10, loss), Choice(16, 10 + more, 0.0)] for name, loss, more in
+            (("large", 10.0, 100), ("one", 6.0, 45), ("two", 6.0, 45))}  # fmt: skip
+    chosen = allocate(ways, 130)
+    every = [way for way in itertools.product(*ways.values()) if sum(c.bytes for c in way) <= 130]
+    assert sum(c.loss for c in chosen.values()) == min(sum(c.loss for c in way) for way in every) == 10.0
+    assert chosen["large"].edge == 32
+
+
 def test_more_bytes_never_make_it_worse_and_too_few_are_refused() -> None:
     ways = options()
     losses = [sum(c.loss for c in allocate(ways, limit).values()) for limit in (944, 4000, 20_000, 10**6)]

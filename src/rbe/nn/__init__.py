@@ -10,6 +10,7 @@ from rbe.nn.linear import Linear
 from rbe.nn.norm import BatchNorm1d, BatchNorm2d, LayerNorm, RMSNorm, fold
 from rbe.nn.position import SeededEncoding, SinusoidalEncoding
 from rbe.nn.recurrent import GRU, LSTM
+from rbe.nn.rest import fold_norms, pack, round_rest, stored_bytes, unpack
 from rbe.nn.seeded import Seeded, SeededVector, set_activations
 from rbe.nn.stream import Stream, StreamConv2d, StreamLinear
 from rbe.nn.transformer import BlockCache, TransformerBlock, TransformerDecoder, TransformerEncoder
@@ -43,5 +44,10 @@ __all__ = [
     "convert_layer",
     "count",
     "fold",
+    "fold_norms",
+    "pack",
+    "round_rest",
     "set_activations",
+    "stored_bytes",
+    "unpack",
 ]

@@ -140,6 +140,8 @@ class Recipe:
         teacher: folder of a dense run whose outputs are learned too; relative to the configuration. For language also
             the folder of a model of transformers.
         softness, weight: temperature and share of the teacher's outputs in the loss.
+        rest_bits: 16 or 8 fold batch norms into the layers and store what is left beside the seeds so, see
+            `rbe.nn.pack`; 32 leaves it as it is.
         patience: epochs without a better validation metric after which a run ends; 0 never.
         seed, threads: of random numbers; of torch, 0 being its own choice.
     """
@@ -162,6 +164,7 @@ class Recipe:
     teacher: str | None = None
     softness: float = 4.0
     weight: float = 0.9
+    rest_bits: int = 32
     patience: int = 0
     seed: int = 0
     threads: int = 0

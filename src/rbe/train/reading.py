@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rbe.errors import RbeError
+from rbe.nn.rest import BITS
 from rbe.train.config import PARTS, Config, Layer, Seeds
 
 T = TypeVar("T")
@@ -145,6 +146,12 @@ def _check(path: Path, config: Config) -> None:
         if value not in known:
             raise RbeError(f"train: {path}: {what} is {value!r}; choose one of {', '.join(known)}")
     _check_numbers(path, config)
+    rest = config.train.rest_bits
+    if rest not in BITS or (rest < 32 and seeds.format == "dense"):
+        offered = ", ".join(map(str, BITS))
+        raise RbeError(
+            f"train: {path}: [train] rest_bits is {rest}; choose one of {offered}, and 32 for a dense network"
+        )
     if model.kind == "mlp" and len(model.widths) < 2:
         raise RbeError(f"train: {path}: [model] widths {list(model.widths)} are no network; give input and output")
     if model.kind == "lenet5" and len(model.widths) != 4:
@@ -174,8 +181,8 @@ def _check_stream(path: Path, config: Config, matrices: int) -> None:
         raise RbeError(f"train: {path}: [seeds] bytes is missing; with format stream it says how many there may be")
     if seeds.rows and (len(seeds.rows) != matrices or min(seeds.rows) < 1):
         raise RbeError(f"train: {path}: [seeds] rows is {list(seeds.rows)}; give {matrices} positive numbers")
-    if config.train.flip_every:
-        raise RbeError(f"train: {path}: [train] flip_every has no meaning with format stream; leave it out")
+    if config.train.flip_every or config.train.rest_bits != 32:
+        raise RbeError(f"train: {path}: [train] flip_every and rest_bits have no meaning with stream; leave them out")
 
 
 def _check_numbers(path: Path, config: Config) -> None:

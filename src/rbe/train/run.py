@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rbe.errors import RbeError
+from rbe.nn import round_rest, stored_bytes
 from rbe.optim import HybridAdam, PowerDecay, StreamAdam
 from rbe.train import budget, networks, store
 from rbe.train.budget import Share
@@ -29,6 +30,8 @@ __all__ = ["CHECKPOINT", "RESULT", "WEIGHTS", "Build", "Epoch", "Progress", "Res
 
 # After this share of the steps discrete bits stay: the rest polishes what they are.
 SETTLED = 0.75
+# Batches of training examples that the statistics of batch norms are taken from, after every epoch.
+NORM_BATCHES = 40
 
 TASKS: dict[str, type[Task]] = {
     "images": Pictures,
@@ -295,12 +298,36 @@ class _Run:
         rates = {group["role"]: float(group["lr"]) for group in self.optimizer.param_groups}
         # Only networks that keep to their bytes are candidates.
         fits = not isinstance(self.optimizer, StreamAdam) or self.optimizer.settle()
+        if self.config.train.epochs:
+            self._measure_norms()
         value = self.task.measure(self.model, "validation")
         self.history.append(Epoch(loss, value, _turned(self.model, self.signs), rates))
         best = self.curve[self.best_epoch]
         if fits and (self.best_epoch < 0 or (value > best if self.task.rises else value < best)):
             self.best_epoch = len(self.history) - 1
             self.best = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    @torch.no_grad()
+    def _measure_norms(self) -> None:
+        """Statistics of batch norms for the weights as they are now.
+
+        Running means lag some steps behind, in which many signs turn: with them validation measures a network that
+        never was.
+        """
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in norms if m.track_running_stats]
+        if not norms:
+            return
+        momenta = [m.momentum for m in norms]
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None  # the plain mean over what follows
+        self.model.train()
+        generator = torch.Generator().manual_seed(len(self.history))
+        for batch in islice(self.task.batches(generator), NORM_BATCHES):
+            self.model(*batch.inputs)
+        for m, momentum in zip(norms, momenta, strict=True):
+            m.momentum = momentum
 
     def loss(self, batch: Batch, hints: Tensor | None) -> Tensor:
         recipe = self.config.train
@@ -360,14 +387,19 @@ def _finish(run: _Run, out: Path, identity: str) -> Result:
     """Freeze the best epoch, test it once, and write everything."""
     run.model.load_state_dict(run.best)
     store.freeze(run.model)
-    sizes = networks.sizes(run.model)
+    rest_bits = run.config.train.rest_bits
+    sizes, validation, stored = networks.sizes(run.model), run.curve[run.best_epoch], run.model.state_dict()
+    if rest_bits < 32:
+        stored = round_rest(run.model, rest_bits)
+        sizes["bytes"] = stored_bytes(stored)
+        validation = run.task.measure(run.model, "validation")
     dense = 4 * sizes["weights"]
     rest = sizes["bytes"] - sizes["seed_bytes"]
     result = Result(
         name=run.config.name,
         metric=run.task.metric,
         value=run.task.measure(run.model, "test"),
-        validation=run.curve[run.best_epoch],
+        validation=validation,
         epoch=run.best_epoch + 1 if run.config.train.epochs else 0,
         weights=sizes["weights"],
         seed_bytes=sizes["seed_bytes"],
@@ -378,7 +410,7 @@ def _finish(run: _Run, out: Path, identity: str) -> Result:
         curve=tuple(run.curve),
         plan=run.plan,
     )
-    store.write(out / WEIGHTS, lambda path: torch.save(run.model.state_dict(), path))
+    store.write(out / WEIGHTS, lambda path: torch.save(stored, path))
     text = json.dumps({"config": json.loads(identity), "result": result.to_json()}, indent=1)
     store.write(out / RESULT, lambda path: path.write_text(text + "\n"))
     (out / CHECKPOINT).unlink(missing_ok=True)

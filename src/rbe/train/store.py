@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rbe.errors import RbeError
-from rbe.nn import Seeded, Stream
+from rbe.nn import Seeded, Stream, fold_norms, unpack
 from rbe.train import networks
 from rbe.train.config import Config
 
@@ -42,7 +42,11 @@ def load(folder: str | Path, build: Build = networks.build) -> nn.Module:
         ) from cause
     model = build(with_blocks(config, edges))
     freeze(model)
-    model.load_state_dict(state)
+    if config.train.rest_bits < 32:
+        fold_norms(model)
+        unpack(model, state)
+    else:
+        model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
 
