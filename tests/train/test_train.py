@@ -13,7 +13,7 @@ from torch import nn
 from rbe.cli import learn
 from rbe.errors import RbeError
 from rbe.nn import Seeded
-from rbe.train import Config, data, load, load_config, train
+from rbe.train import Config, Progress, data, load, load_config, train
 from rbe.train.data import shifted
 from rbe.train.networks import build, sizes
 from rbe.train.run import CHECKPOINT, RESULT, accuracy
@@ -47,6 +47,43 @@ def write(tmp_path: Path) -> Write:
 
 
 QUICK = "[train]\nepochs = 4\nbatch = 50\nlr = 0.02\nflip_every = 4\n"
+
+
+STREAM = "[model]\nwidths = [64, 32, 4]\nnorm = 'none'\n[seeds]\nformat = 'stream'\nbytes = 90\n"
+STREAM += "[train]\nepochs = 8\nbatch = 50\nlr = 0.05\n"
+
+
+def test_a_network_of_streams_keeps_to_its_bytes_and_goes_on_where_it_stopped(write: Write, tmp_path: Path) -> None:
+    config = load_config(write(STREAM))
+    result = train(config, tmp_path / "out")
+    assert result.accuracy > 0.6
+    assert result.seed_bytes <= 90
+    assert result.bytes == result.seed_bytes + 2 * 4  # a scale for every matrix; the biases are in the streams
+    assert result.weights == 64 * 32 + 32 * 4
+    assert sizes(load(tmp_path / "out"))["bytes"] == result.bytes
+
+    def stop(progress: Progress) -> None:
+        if progress.epoch == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "again", stop)
+    again = train(config, tmp_path / "again")
+    assert (again.curve, again.seed_bytes, again.value) == (result.curve, result.seed_bytes, result.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (STREAM.replace("bytes = 90", ""), "bytes is missing"),
+        (STREAM.replace("bytes = 90", "bytes = 90\nrows = [4]"), "2 positive numbers"),
+        (STREAM + "flip_every = 4\n", "no meaning"),
+        (STREAM + "rest_bits = 16\n", "no meaning"),
+    ],
+)
+def test_what_means_nothing_for_streams_is_refused(write: Write, text: str, message: str) -> None:
+    with pytest.raises(RbeError, match=message):
+        load_config(write(text))
 
 
 @pytest.mark.parametrize("format", ["outer128", "packed128", "packed64", "dense"])

@@ -12,6 +12,7 @@ from rbe.nn.position import SeededEncoding, SinusoidalEncoding
 from rbe.nn.recurrent import GRU, LSTM
 from rbe.nn.rest import fold_norms, pack, round_rest, stored_bytes, unpack
 from rbe.nn.seeded import Seeded, SeededVector, set_activations
+from rbe.nn.stream import Stream, StreamConv2d, StreamLinear
 from rbe.nn.transformer import BlockCache, TransformerBlock, TransformerDecoder, TransformerEncoder
 
 __all__ = [
@@ -34,6 +35,9 @@ __all__ = [
     "SeededEncoding",
     "SeededVector",
     "SinusoidalEncoding",
+    "Stream",
+    "StreamConv2d",
+    "StreamLinear",
     "TransformerBlock",
     "TransformerDecoder",
     "TransformerEncoder",

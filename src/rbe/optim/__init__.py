@@ -5,6 +5,7 @@ from rbe.optim.penalties import hyperbolic_penalty, state_entropy, total_entropy
 from rbe.optim.phases import Phase, Phases, rounds, three_phases
 from rbe.optim.schedules import Cooling, PowerDecay, WarmupDecay
 from rbe.optim.seeds import Guard, Points, damping, groups, guard, points, wrap
+from rbe.optim.stream import StreamAdam
 
 __all__ = [
     "Cooling",
@@ -14,6 +15,7 @@ __all__ = [
     "Phases",
     "Points",
     "PowerDecay",
+    "StreamAdam",
     "WarmupDecay",
     "damping",
     "groups",

@@ -84,12 +84,16 @@ class Seeds:
     """What the weight matrices are made of.
 
     Attributes:
-        format: "outer128", "packed128", "packed64", or "dense" for the reference.
+        format: "outer128", "packed128", "packed64", "stream", or "dense" for the reference.
         block, mode, stages: as in `rbe.formats.make_spec`.
         blocks: a block edge for each matrix in turn, in place of `block`.
         bias: True (dense), False or "seed".
         layer: exceptions by name.
-        bytes: seeds of all matrices together; block edges are then chosen by measured sensitivity. 0: as given.
+        bytes: seeds of all matrices together; block edges are then chosen by measured sensitivity. 0: as given. For
+            stream they must be given, and training keeps to them.
+        rows: stream: rows of each matrix in turn that may have weights; the others are 0 from the start, and cost no
+            time. Empty: all.
+        spread: stream: scale at the start, see `rbe.nn.StreamLinear`.
     """
 
     format: str = "outer128"
@@ -100,6 +104,8 @@ class Seeds:
     bias: bool | str = True
     layer: tuple[Layer, ...] = ()
     bytes: int = 0
+    rows: tuple[int, ...] = ()
+    spread: float = 2.0
 
     def of(self, name: str, number: int) -> "Seeds":
         """What a matrix is made of, by its name and its place among all."""

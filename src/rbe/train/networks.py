@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from rbe.nn import Seeded
+from rbe.nn import Seeded, Stream
 from rbe.train import pictures, texts
 from rbe.train.config import Config
 from rbe.train.planting import matrices, plant
@@ -56,6 +56,11 @@ def sizes(model: nn.Module) -> dict[str, int]:
             bias = module._parameters.get("bias")
             if bias is not None:
                 own.discard(id(bias))
+        elif isinstance(module, Stream):
+            matrix_weights, matrix_bytes = module.stored()
+            # The scale is a float32.
+            weights, seed_bytes, whole = weights + matrix_weights, seed_bytes + matrix_bytes, whole + matrix_bytes + 4
+            own |= {id(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None}
         elif callable(stored := getattr(module, "stored", None)):
             matrix_weights, matrix_bytes = stored()
             weights, seed_bytes, whole = weights + matrix_weights, seed_bytes + matrix_bytes, whole + matrix_bytes

@@ -32,7 +32,8 @@ def lenet5(config: Config) -> nn.Module:
         layers[f"conv{k}"] = nn.Conv2d(inputs, outputs, 5, bias=bias)
         if batch:
             layers[f"norm{k}"] = nn.BatchNorm2d(outputs)
-        layers[f"relu{k}"], layers[f"pool{k}"] = nn.ReLU(), nn.MaxPool2d(2)
+        # The other way round the same comes out, with four times the work.
+        layers[f"pool{k}"], layers[f"relu{k}"] = nn.MaxPool2d(2), nn.ReLU()
     # 28x28 images: 5x5 without padding and halving, twice, leave 4x4.
     layers["flatten"], layers["linear1"] = nn.Flatten(), nn.Linear(16 * second, units, bias)
     if batch:

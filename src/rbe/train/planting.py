@@ -1,5 +1,6 @@
 """Seeds in place of the matrices of a network: which there are, and what a configuration makes of each."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +64,15 @@ def plant(network: nn.Module, seeds: Seeds) -> nn.Module:
     found = list(matrices(network))
     _check_patterns([m.name for m in found], seeds)
     made = {m.name: seeds.of(m.name, number) for number, m in enumerate(found)}
+    numbers = {m.name: number for number, m in enumerate(found)}
+    before = (1, 1)  # outputs of the stream before, and how many of them are open
     for name, module in list(network.named_modules()):
         new: nn.Module | None = None
         if isinstance(module, nn.LSTM):
             new = _lstm(name, module, made)
+        elif name in made and made[name].format == "stream":
+            new, before = _stream(module, made[name], numbers[name], before)
+            new.slim = numbers[name] < len(found) - 1
         elif name in made and made[name].format != "dense":
             new = _layer(module, made[name])
         if new is not None:
@@ -105,6 +111,32 @@ def _layer(module: nn.Module, made: Seeds) -> nn.Module:
         bias,
         **options,
     )
+
+
+def _stream(
+    module: nn.Module, made: Seeds, number: int, before: tuple[int, int]
+) -> tuple[seeded.Stream, tuple[int, int]]:
+    """A layer of a stream, whose open columns are what the open rows of the one before reach."""
+    assert isinstance(module, nn.Linear | nn.Conv2d)
+    rows, columns = module.weight.shape[0], module.weight[0].numel()
+    corner = made.rows[number] if made.rows else rows, columns * before[1] // before[0]
+    # The cells that one output of the layer before became; pixels of a row of a picture, in the first.
+    cells = columns // before[0] if number else math.isqrt(columns)
+    if isinstance(module, nn.Linear):
+        bias = module.bias is not None
+        linear = seeded.StreamLinear(columns, rows, bias, cells=cells, spread=made.spread, open_shape=corner)
+        return linear, (rows, corner[0])
+    convolution = seeded.StreamConv2d(
+        module.in_channels,
+        rows,
+        (module.kernel_size[0], module.kernel_size[1]),
+        (module.stride[0], module.stride[1]),
+        module.padding,  # type: ignore[arg-type]
+        module.bias is not None,
+        spread=made.spread,
+        open_shape=corner,
+    )
+    return convolution, (rows, corner[0])
 
 
 def _lstm(name: str, module: nn.LSTM, made: dict[str, Seeds]) -> nn.Module | None:

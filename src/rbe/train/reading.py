@@ -20,7 +20,7 @@ NETWORKS = {
     "translation": ("transformer",),
     "language": ("gpt",),
 }
-FORMATS = ("outer128", "packed128", "packed64", "dense")
+FORMATS = ("outer128", "packed128", "packed64", "stream", "dense")
 
 
 def load_config(path: str | Path) -> Config:
@@ -167,8 +167,22 @@ def _check(path: Path, config: Config) -> None:
     matrices = {"lenet5": 4, "mlp": len(model.widths) - 1}.get(model.kind, 0)
     if seeds.blocks and len(seeds.blocks) != matrices:
         raise RbeError(f"train: {path}: [seeds] blocks has {len(seeds.blocks)} entries for {matrices} matrices")
-    if seeds.bytes and (seeds.format != "outer128" or seeds.blocks):
+    if seeds.format == "stream" or any(layer.format == "stream" for layer in seeds.layer):
+        _check_stream(path, config, matrices)
+    elif seeds.bytes and (seeds.format != "outer128" or seeds.blocks):
         raise RbeError(f"train: {path}: [seeds] bytes chooses blocks of outer128; leave blocks and other formats out")
+
+
+def _check_stream(path: Path, config: Config, matrices: int) -> None:
+    seeds = config.seeds
+    if seeds.format != "stream" or seeds.layer or not matrices:
+        raise RbeError(f"train: {path}: [seeds] format stream is for all matrices of a mlp or lenet5")
+    if not seeds.bytes:
+        raise RbeError(f"train: {path}: [seeds] bytes is missing; with format stream it says how many there may be")
+    if seeds.rows and (len(seeds.rows) != matrices or min(seeds.rows) < 1):
+        raise RbeError(f"train: {path}: [seeds] rows is {list(seeds.rows)}; give {matrices} positive numbers")
+    if config.train.flip_every or config.train.rest_bits != 32:
+        raise RbeError(f"train: {path}: [train] flip_every and rest_bits have no meaning with stream; leave them out")
 
 
 def _check_numbers(path: Path, config: Config) -> None:
@@ -188,6 +202,7 @@ def _check_numbers(path: Path, config: Config) -> None:
         ("data", "length", config.data.length, config.data.length > 1, "at least 2"),
         ("data", "shift", config.data.shift, config.data.shift >= 0, "0 or more"),
         ("seeds", "bytes", config.seeds.bytes, config.seeds.bytes >= 0, "0 or more"),
+        ("seeds", "spread", config.seeds.spread, config.seeds.spread > 0, "positive"),
     ]
     for section, name, number, fine, wanted in sections:
         if not fine:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from rbe.errors import RbeError
 from rbe.nn import round_rest, stored_bytes
-from rbe.optim import HybridAdam, PowerDecay
+from rbe.optim import HybridAdam, PowerDecay, StreamAdam
 from rbe.train import budget, networks, store
 from rbe.train.budget import Share
 from rbe.train.characters import Characters
@@ -167,7 +167,7 @@ def train(
     task = TASKS[config.data.task](config)
     teacher = _teacher(config, task)
     shares: tuple[Share, ...] = ()
-    if config.seeds.bytes:
+    if config.seeds.bytes and config.seeds.format != "stream":
         shares = budget.plan(config, task, teacher) if saved is None else tuple(Share(**s) for s in saved["plan"])
         if planned is not None:
             planned(shares)
@@ -208,18 +208,8 @@ class _Run:
     ) -> None:
         recipe = config.train
         self.config, self.task, self.model, self.teacher, self.plan = config, task, model, teacher, plan
-        self.optimizer = HybridAdam(
-            model,
-            recipe.lr,
-            method=recipe.method,  # type: ignore[arg-type]
-            latent_lr=recipe.latent_lr,
-            dense_lr=recipe.dense_lr,
-            weight_decay=recipe.weight_decay,
-            pull=recipe.pull,
-            clip_norm=recipe.clip_norm,
-            seed=recipe.seed,
-        )
         self.steps = task.steps
+        self.optimizer = _optimizer(config, model, recipe.epochs * task.steps)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, rates, total_steps=max(1, recipe.epochs) * self.steps, cycle_momentum=False
@@ -239,9 +229,7 @@ class _Run:
     def done(self) -> bool:
         recipe = self.config.train
         waited = len(self.history) - 1 - self.best_epoch
-        return len(self.history) >= recipe.epochs or bool(
-            recipe.patience and self.history and waited >= recipe.patience
-        )
+        return len(self.history) >= recipe.epochs or bool(recipe.patience and self.best and waited >= recipe.patience)
 
     @property
     def progress(self) -> Progress:
@@ -308,12 +296,14 @@ class _Run:
     def judge(self, loss: float) -> None:
         """Validate, and keep the network if none was better."""
         rates = {group["role"]: float(group["lr"]) for group in self.optimizer.param_groups}
+        # Only networks that keep to their bytes are candidates.
+        fits = not isinstance(self.optimizer, StreamAdam) or self.optimizer.settle()
         if self.config.train.epochs:
             self._measure_norms()
         value = self.task.measure(self.model, "validation")
         self.history.append(Epoch(loss, value, _turned(self.model, self.signs), rates))
         best = self.curve[self.best_epoch]
-        if self.best_epoch < 0 or (value > best if self.task.rises else value < best):
+        if fits and (self.best_epoch < 0 or (value > best if self.task.rises else value < best)):
             self.best_epoch = len(self.history) - 1
             self.best = {name: value.clone() for name, value in self.model.state_dict().items()}
 
@@ -358,7 +348,26 @@ class _Run:
             return
         share = recipe.flip_share * PowerDecay(start=max(1.0, last / 3), exponent=2.0)(step)
         temperature = recipe.flip_temperature / (1 + 0.1 * len(self.history))
+        assert isinstance(self.optimizer, HybridAdam)
         self.optimizer.flip(loss, share=max(share, 1e-6), temperature=temperature)
+
+
+def _optimizer(config: Config, model: nn.Module, steps: int) -> HybridAdam | StreamAdam:
+    recipe = config.train
+    if config.seeds.format == "stream":
+        lr = recipe.lr if recipe.latent_lr is None else recipe.latent_lr
+        return StreamAdam(model, config.seeds.bytes, steps, lr, dense_lr=recipe.dense_lr or lr / 10)
+    return HybridAdam(
+        model,
+        recipe.lr,
+        method=recipe.method,  # type: ignore[arg-type]
+        latent_lr=recipe.latent_lr,
+        dense_lr=recipe.dense_lr,
+        weight_decay=recipe.weight_decay,
+        pull=recipe.pull,
+        clip_norm=recipe.clip_norm,
+        seed=recipe.seed,
+    )
 
 
 def _signs(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rbe.errors import RbeError
-from rbe.nn import Seeded, fold_norms, unpack
+from rbe.nn import Seeded, Stream, fold_norms, unpack
 from rbe.train import networks
 from rbe.train.config import Config
 
@@ -58,7 +58,7 @@ def with_blocks(config: Config, edges: dict[str, int]) -> Config:
 def freeze(model: nn.Module) -> None:
     """Pack the seeds of every layer."""
     for module in model.modules():
-        if isinstance(module, Seeded):
+        if isinstance(module, Seeded | Stream):
             module.freeze()
 
 
