@@ -20,6 +20,7 @@ FUSED_ROWS = {"portable": 8, "avx2": 8, "avx512": 48, "amx": 1 << 30}
 # Numbers of the one tile buffer of the many-rows path: 4 MB, inside the second-level caches of two cores.
 TILE = 1 << 20
 
+TrellisMatrix = _cpu.TrellisMatrix
 set_tier = _cpu.set_tier
 tier = _cpu.tier
 tier_available = _cpu.tier_available
