@@ -1,5 +1,5 @@
-// The outer128 kernels, compiled once a tier. Included inside an anonymous namespace after <algorithm> and outer.h.
-// Vectors have eight floats on every tier, the signs of a byte; the compiler cuts them where it must.
+// The outer128 kernels, compiled once a tier. Included inside an anonymous namespace after <algorithm> and outer.h
+// and the tier's own `V8`, `pairs`, `halves` and `positive`. Vectors have eight floats on every tier, the signs of a byte.
 #pragma once
 
 typedef int32_t I8 __attribute__((vector_size(32), aligned(4), may_alias));
@@ -8,13 +8,6 @@ inline V8 load(const float* p) { return *reinterpret_cast<const V8*>(p); }
 inline void store(float* p, V8 v) { *reinterpret_cast<V8*>(p) = v; }
 inline V8 splat(float x) { return V8{} + x; }
 
-// Sums of pairs of neighbours, within halves: a0+a1, a2+a3, b0+b1, b2+b3 | the same of entries 4 to 7.
-inline V8 pairs(V8 a, V8 b) {
-    return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) + __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
-}
-inline V8 halves(V8 a, V8 b) {
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
-}
 // The sums of eight vectors d(0) ... d(7).
 template <class F>
 inline V8 sum8(const F& d) {
@@ -121,11 +114,12 @@ struct Run {
     // Records [first, first + count) of block row I.
     void read(const Outer& p, int64_t I, int64_t first, int count) {
         const int64_t begin = I * p.block_cols * p.stages;
-        for (int k = 0; k < RUN; k++) {
-            const int64_t record = first + std::min(k, count - 1);
-            code[k] = p.code(begin + record);
-            at[k] = (p.stages == 1 ? record : record / p.stages) * SIDE;
-        }
+        const int64_t apart = p.radius ? 1 : 2;
+        const int64_t* word = p.seeds + (begin + first) * apart;
+        for (int k = 0; k < count; k++) code[k] = static_cast<uint64_t>(word[k * apart]);
+        for (int k = 0; k < count; k++) at[k] = (p.stages == 1 ? first + k : (first + k) / p.stages) * SIDE;
+        std::fill(code + count, code + RUN, 0);  // times zero
+        std::fill(at + count, at + RUN, at[0]);
         coefficients<TERMS>(p, begin + first, count, factor);
         padded = (count + Form<SIDE>::GROUP - 1) / Form<SIDE>::GROUP * Form<SIDE>::GROUP;
     }
