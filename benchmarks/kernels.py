@@ -1,15 +1,20 @@
 """Products with seed matrices against torch's dense ones, on this processor.
 
-    python -m benchmarks.kernels
+    python -m benchmarks.kernels [--batches 1 4 16 64 256] [--shapes 4096x4096 ...]
 
 Checks every product against float64 first. Then the sides take turns within one run, and large matrices are cycled over
 more copies than the last-level cache holds of the dense ones, so that neither side is measured out of a cache that a
 model would not have. Medians of wall time.
 """
 
+import argparse
+import platform
+import shutil
 import statistics
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,8 +28,31 @@ SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (1536, 384), (384, 384))
 BATCHES = (1, 4, 16, 64, 256)
 # Bytes of dense float32 copies to cycle over; above the last-level cache of large servers.
 CYCLE = 1500 << 20
-# 512-bit instructions on the two vector ports for 32 weights at 2 bits: extraction, product and, without tiles, sums.
-INSTRUCTIONS = {"amx": {"float32": 4, "int8": 4}, "avx512": {"float32": 9, "int8": 6}}
+# Vector instructions for one vector of windows at 2 bits (extraction, product, sums), the windows in it, and how many
+# such instructions a core starts a cycle: 512-bit ones two, 256-bit ones four (AMD since 2017), of which two multiply.
+INSTRUCTIONS = {"amx": {"float32": 4.0, "int8": 4.0}, "avx512": {"float32": 9.0, "int8": 6.0}}
+INSTRUCTIONS["avx2"] = {"float32": 12.75, "int8": 10.75}
+WINDOWS = {"amx": (32, 2), "avx512": (32, 2), "avx2": (16, 4)}
+# A chain of multiplications, three cycles each on every x86-64 core of the last fifteen years.
+CHAIN = """
+#include <stdio.h>
+#include <time.h>
+int main(void) {
+    unsigned long x = 3, n = 100000000;
+    double best = 0;
+    for (int k = 0; k < 3; k++) {
+        clock_t start = clock();
+        for (unsigned long i = 0; i < n; i += 10) {
+#define M x *= x; __asm__ volatile("" : "+r"(x));
+            M M M M M M M M M M
+        }
+        double hertz = 3.0 * n * CLOCKS_PER_SEC / (clock() - start);
+        if (hertz > best) best = hertz;
+    }
+    printf("%.0f", best);
+    return 0;
+}
+"""
 
 
 def random_matrix(shape: tuple[int, int]) -> Prepared:
@@ -71,13 +99,13 @@ def medians(sides: dict[str, Callable[[int], object]], repeats: int) -> dict[str
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def compare(shape: tuple[int, int]) -> None:
+def compare(shape: tuple[int, int], batches: Sequence[int]) -> None:
     rows, columns = shape
     copies = min(64, max(1, -(-CYCLE // (4 * rows * columns)))) if rows * columns > 1 << 20 else 1
     dense = [torch.randn(shape) for _ in range(copies)]
     half = [w.bfloat16() for w in dense]
     seeded = [random_matrix(shape) for _ in range(copies)]
-    for batch in BATCHES:
+    for batch in batches:
         x = torch.randn(batch, columns)
         narrow = x.bfloat16()
 
@@ -106,12 +134,15 @@ def compare(shape: tuple[int, int]) -> None:
 
 
 def clock() -> float:
-    """Hertz, as the system reports it; NaN where it does not."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return 1e6 * max(float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz"))
-    except (OSError, ValueError):
+    """Hertz, measured; NaN where there is no C compiler or another processor."""
+    compiler = shutil.which("cc")
+    if compiler is None or platform.machine() not in ("x86_64", "AMD64"):
         return float("nan")
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder, "chain.c"), Path(folder, "chain")
+        source.write_text(CHAIN)
+        subprocess.run([compiler, "-O1", str(source), "-o", str(program)], check=True)
+        return float(subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout)
 
 
 def limits() -> None:
@@ -124,14 +155,19 @@ def limits() -> None:
     copies = 32
     seeded = [random_matrix(shape) for _ in range(copies)]
     x = torch.randn(1, shape[1])
-    print(f"\nOne thread, 4096x4096, batch 1, tier {kernels.tier()}; memory streams {stream / 1e9:.1f} GB/s.")
-    table_head("activations", "G weights/s", "of the memory stream", "of two 512-bit instructions a cycle")
+    hertz, known = clock(), INSTRUCTIONS.get(kernels.tier())
+    print(f"\nOne thread, 4096x4096, batch 1, tier {kernels.tier()}, {hertz / 1e9:.2f} GHz;", end=" ")
+    print(f"memory streams {stream / 1e9:.1f} GB/s.")
+    table_head("activations", "G weights/s", "of the memory stream", "arithmetic bound, G weights/s", "of it")
     for activations in ("float32", "int8"):
         run = medians({"": lambda k, a=activations: seeded[k % copies].matmul(x, a)}, 64)[""]
         rate = shape[0] * shape[1] / run
-        known = INSTRUCTIONS.get(kernels.tier())
-        share = f"{100 * rate * known[activations] / 32 / 2 / clock():.0f} %" if known else "-"
-        table_row(activations, f"{rate / 1e9:.1f}", f"{100 * rate / 4 / stream:.0f} %", share)
+        share = ["-", "-"]
+        if known:
+            windows, starts = WINDOWS[kernels.tier()]
+            bound = windows * starts * hertz / known[activations]
+            share = [f"{bound / 1e9:.1f}", f"{100 * rate / bound:.0f} %"]
+        table_row(activations, f"{rate / 1e9:.1f}", f"{100 * rate / 4 / stream:.0f} %", *share)
     torch.set_num_threads(threads)
 
 
@@ -159,13 +195,18 @@ def overhead() -> None:
 
 @torch.inference_mode()
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--shapes", nargs="+", default=[f"{rows}x{columns}" for rows, columns in SHAPES])
+    args = parser.parse_args()
     torch.manual_seed(0)
     check()
     print(f"Tier {kernels.tier()}, {torch.get_num_threads()} threads, 2 bits a weight, rotations inside; milliseconds.")
     ratios = ("torch f32 / ours", "torch bf16 / ours", "G weights/s a thread")
     table_head("shape", "batch", "torch f32", "torch bf16", "ours", "ours int8", *ratios)
-    for shape in SHAPES:
-        compare(shape)
+    for shape in args.shapes:
+        rows, columns = map(int, shape.split("x"))
+        compare((rows, columns), args.batches)
     limits()
     overhead()
 

@@ -74,7 +74,7 @@ def test_outputs_come_nearer(small: nn.Module) -> None:
     compress_(plain, **options)
     compress_(better, **options, calibrate="random")
     with torch.inference_mode():
-        reference, one, two = (calibrate._answer(m(**batch)) for m in (small, plain, better))
+        reference, one, two = (calibrate.answer_of(m(**batch)) for m in (small, plain, better))
     assert (two - reference).square().mean() < 0.9 * (one - reference).square().mean()
 
 

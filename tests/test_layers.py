@@ -9,7 +9,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src"
 
 LAYERS = ["errors", "shards", "mixing", "disk", "rotation", "formats", "kernels", "outliers", "matrix"]
-LAYERS += ["search", "nn", "optim", "metrics", "calibrate", "allocate", "source", "checkpoint"]
+LAYERS += ["search", "nn", "optim", "metrics", "calibrate", "sensitivity", "allocate", "budget", "source", "checkpoint"]
 LAYERS += ["compress", "convert", "profile", "evaluate", "sampling", "train"]
 LEAVES = ["hf", "report", "model", "cli"]
 # Who may reach for a leaf, and only inside a function: the command line, and the whole-model verbs for the plug-in.

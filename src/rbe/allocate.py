@@ -218,7 +218,8 @@ def make_plan(
     mode: str | None = None,
     precision: int = 32,
     stages: int = 1,
-    outliers: float = 0.0,
+    outliers: float | None = None,
+    extremes: Mapping[str, int] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     tied: Mapping[str, str] | None = None,
@@ -235,7 +236,9 @@ def make_plan(
         embeddings_bits: rate of embeddings, and of heads tied to them; None is `bits`, 0 keeps them as they are.
         rates: shell patterns of tensor or module names, with the rate of what they fit; of several, the last one.
         format, block, window, mode, precision, stages: of all seeds, as in `SeedSpec`.
-        outliers: share of every matrix, its largest weights, that is kept beside the seeds as float16 with positions.
+        outliers: share of every matrix, its largest weights, that is kept beside the seeds as float16 with positions;
+            None keeps those that are extreme in linear layers of a trellis.
+        extremes: how many weights of a tensor are extreme (`rbe.outliers`), where it is known.
         include: shell patterns of tensor or module names; when given, everything else is kept.
         exclude: shell patterns of tensor or module names that are kept.
         tied: tensors that need not be stored, with the tensor that holds the same.
@@ -248,7 +251,7 @@ def make_plan(
     _check_patterns(tensors, include, exclude, list(rates))
     form: Form = {"format": format, "block": block, "mode": mode, "precision": precision, "stages": stages}
     window = 16 if formats.is_disk(format) else window
-    if not 0.0 <= outliers <= MOST_OUTLIERS:
+    if outliers is not None and not 0.0 <= outliers <= MOST_OUTLIERS:
         raise RbeError(f"outliers: {outliers} is no share of the weights from 0 to {MOST_OUTLIERS}; try 0.005")
     rate_of = _rates(form, window, bits, embeddings_bits, rates)
     entries = []
@@ -268,7 +271,11 @@ def make_plan(
             reason = "embeddings are kept" if site.kind == "embedding" else "its rate is 0"
         if not reason and site.kind != "keep":
             spec = formats.make_spec(shape=site.shape, bits=rate, window=window, **form)
-            count = round(outliers * spec.shape[0] * spec.shape[1])
+            if outliers is not None:
+                count = round(outliers * spec.shape[0] * spec.shape[1])
+            else:
+                extreme = site.kind == "linear" and not formats.is_disk(format)
+                count = (extremes or {}).get(name, 0) if extreme else 0
             entry = Entry(
                 name, site.kind, shape, dtype, spec, site.kind == "embedding", site.transposed, outliers=count
             )

@@ -26,7 +26,12 @@ _PLACEHOLDER = re.compile(r"[\[<].*(unused|reserved|extra_id).*[\]>]")
 
 
 def random_tokens(
-    vocabulary: int, tokenizer: Any = None, context: int = 64, tokens: int | None = None, seed: int = 0
+    vocabulary: int,
+    tokenizer: Any = None,
+    context: int = 64,
+    tokens: int | None = None,
+    seed: int = 0,
+    together: int | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Random sequences: half the tokens uniform, half with a probability that falls like 1 / rank.
 
@@ -41,6 +46,7 @@ def random_tokens(
         context: the longest sequence.
         tokens: how many there are together, about; default `TOKENS`.
         seed: the same gives the same sequences.
+        together: most tokens of a batch; default 2,048.
 
     Yields:
         {"input_ids", "attention_mask"}, both int64 (sequences, length).
@@ -49,11 +55,12 @@ def random_tokens(
     g = torch.Generator().manual_seed(seed)
     count = len(known)
     tokens = TOKENS if tokens is None else tokens
+    together = _AT_ONCE if together is None else together
     for length in sorted({max(1, min(length, context)) for length in _LENGTHS}):
         rows = max(1, tokens // len(_LENGTHS) // length)
         inside = max(1, length - len(start) - len(end))
-        for first in range(0, rows, max(1, _AT_ONCE // length)):
-            shape = (min(rows - first, max(1, _AT_ONCE // length)), inside)
+        for first in range(0, rows, max(1, together // length)):
+            shape = (min(rows - first, max(1, together // length)), inside)
             frequent = (float(count) ** torch.rand(shape, generator=g, dtype=torch.float64)).long() - 1
             uniform = torch.randint(count, shape, generator=g)
             rank = torch.where(torch.rand(shape, generator=g) < 0.5, frequent, uniform).clamp_(0, count - 1)
@@ -141,7 +148,7 @@ def second_moments(
         undo.enter_context(torch.enable_grad())
         for batch in batches:
             try:
-                answer = _answer(_call(model, batch))
+                answer = answer_of(call(model, batch))
             except (TypeError, ValueError, RuntimeError, IndexError) as cause:
                 raise RbeError(
                     f"calibrate: {type(model).__name__} cannot be run on the inputs ({cause}); give calibrate= inputs "
@@ -178,13 +185,13 @@ def _watch(name: str, sums: dict[str, Tensor]) -> Any:
     return hook
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
-def _answer(output: Any) -> Tensor:
+def answer_of(output: Any) -> Tensor:
     """The tensor that a model is asked for: logits, hidden states, or the first of what it returns."""
     for name in ("logits", "last_hidden_state"):
         found = getattr(output, name, None)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from rbe import calibrate as statistics
-from rbe import formats, search
+from rbe import formats, search, sensitivity
 from rbe.allocate import Entry, Form, Plan, make_plan, usual_rate
+from rbe.budget import MIDDLE, allocate_bits, fixed_rates
 from rbe.checkpoint import FORMAT_VERSION, METHOD
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
@@ -28,7 +29,7 @@ def plan_model(
     exclude: Sequence[str] = (),
     embeddings_bits: float | None = None,
     rates: Mapping[str, float] | None = None,
-    outliers: float = 0.0,
+    outliers: float | None = None,
     **form: Unpack[Form],
 ) -> tuple[Plan, dict[str, swap.Site]]:
     """What `compress_` would do, and the layers it would do it to; the model may be on the meta device.
@@ -62,9 +63,14 @@ def plan_model(
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if not isinstance(parameter, nn.parameter.UninitializedParameter)  # of a lazy layer
     }
+    extremes = None
+    if outliers is None:
+        linear = ((site.tensor, swap.dense(model, site)) for site in sites if site.kind == "linear")
+        extremes = {name: Outliers.extremes(weight) for name, weight in linear if not weight.is_meta}
     plan = make_plan(
         tensors,
         {site.tensor.removesuffix(".weight"): site for site in sites},
+        extremes=extremes,
         bits=bits,
         embeddings_bits=embeddings_bits,
         rates=rates,
@@ -132,8 +138,9 @@ def compress_(
     mode: str | None = None,
     precision: int = 32,
     stages: int = 1,
-    outliers: float = 0.0,
+    outliers: float | None = None,
     calibrate: str | Iterable[Any] | None = None,
+    allocate: str | Iterable[Any] | None = None,
 ) -> Plan:
     """Replace the linear and embedding layers of a model, in place, by layers that hold seeds.
 
@@ -154,10 +161,14 @@ def compress_(
         progress: called with (weights done, weights in all).
         threads: of the encoder; None is torch's number.
         format, block, mode, precision, stages: of all seeds, as in `SeedSpec`.
-        outliers: share of every matrix, its largest weights, that is kept beside the seeds, for instance 0.005.
+        outliers: share of every matrix, its largest weights, that is kept beside the seeds, for instance 0.005; None
+            keeps those of linear layers that are extreme, far larger than a normal distribution has them.
         calibrate: linear layers are encoded so that their outputs, not their weights, come near: "random" runs the
             model on random tokens (`rbe.calibrate.random_tokens`); otherwise what it is called with, batch by batch.
             All second moments are held at once, 8 columns^2 bytes a layer.
+        allocate: `bits` is then the mean of the rates, and each matrix gets one by how much the model's answer hangs on
+            it (`rbe.sensitivity`): "random" or inputs, as for `calibrate`. What `rates` or `embeddings_bits` name keeps
+            the rate given there.
 
     Returns:
         the plan that was carried out; printing it shows every tensor, and why one was kept.
@@ -167,7 +178,12 @@ def compress_(
             is then as it was: layers are exchanged only when every weight has been encoded.
     """
     form: Form = {"format": format, "block": block, "mode": mode, "precision": precision, "stages": stages}
-    plan, sites = plan_model(model, bits, effort, include, exclude, embeddings_bits, rates, outliers, **form)
+    mean = MIDDLE if bits is None else bits
+    start = bits if allocate is None else MIDDLE
+    plan, sites = plan_model(model, start, effort, include, exclude, embeddings_bits, rates, outliers, **form)
+    if allocate is not None:
+        rates = _spread(model, plan, mean, embeddings_bits, rates or {}, allocate)
+        plan, sites = plan_model(model, start, effort, include, exclude, embeddings_bits, rates, outliers, **form)
     moments = {} if calibrate is None else _moments(model, plan, sites, calibrate)
     total = sum(entry.weights for entry in plan.seeded)
     done = 0
@@ -186,9 +202,13 @@ def compress_(
         swap.replace(model, site, matrix)
     if hasattr(getattr(model, "config", None), "architectures"):
         # A transformers model: what `save_pretrained` writes must say how to read it.
-        about = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "bits": usual_rate(bits, form)}
+        about = {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "bits": mean if allocate else usual_rate(bits, form),
+        }
         about |= {"effort": effort, **(form if formats.is_disk(format) else {})}
-        about |= {"outliers": outliers} if outliers else {}
+        about |= {} if outliers is None else {"outliers": outliers}
         model.config.quantization_config = {**about, "modules": swap.describe(model)}  # type: ignore[union-attr]
     return plan
 
@@ -199,19 +219,43 @@ def _moments(
     """Second moments of what linear layers read, by the names of their weights."""
     if any(entry.spec is not None and formats.is_disk(entry.spec.format) for entry in plan.seeded):
         raise RbeError("compress: calibrate is for the trellis; packed formats cannot use it: leave it out")
+    paths = {e.name: sites[e.name].module for e in plan.seeded if e.kind == "linear" and e.name.endswith(".weight")}
+    found = statistics.second_moments(model, sorted(set(paths.values())), _inputs(model, inputs, "calibrate"))
+    return {name: found[path] for name, path in paths.items() if path in found}
+
+
+def _spread(
+    model: nn.Module,
+    plan: Plan,
+    mean: float,
+    embeddings_bits: float | None,
+    given: Mapping[str, float],
+    inputs: str | Iterable[Any],
+) -> dict[str, float]:
+    """Rates by pattern: what is given, and for every other matrix one by how much the model's answer hangs on it."""
+    if any(entry.spec is not None and formats.is_disk(entry.spec.format) for entry in plan.seeded):
+        raise RbeError("compress: allocate is for the trellis; packed formats have one rate: leave it out")
+    allocate_bits(plan, {}, mean)  # refuses a mean out of range before the long work
+    weights = {entry.name: entry.row_scale for entry in plan.seeded}
+    batches = _inputs(model, inputs, "allocate", tokens=sensitivity.TOKENS, together=sensitivity.TOGETHER)
+    found = sensitivity.sensitivities(model, weights, batches)
+    return {**allocate_bits(plan, found, mean, fixed_rates(embeddings_bits, given)), **given}
+
+
+def _inputs(model: nn.Module, inputs: str | Iterable[Any], option: str, **options: int) -> Iterable[Any]:
+    """What to call the model with."""
     if isinstance(inputs, str):
         embed: Any = getattr(model, "get_input_embeddings", None)
         if inputs != "random" or embed is None:
             raise RbeError(
-                f"compress: calibrate={inputs!r} does not fit a {type(model).__name__}; give 'random' for a model of "
+                f"compress: {option}={inputs!r} does not fit a {type(model).__name__}; give 'random' for a model of "
                 "tokens, or the inputs that the model is called with"
             )
         config = getattr(model, "config", None)
         known = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings")]
-        inputs = statistics.random_tokens(int(embed().weight.shape[0]), context=min([64, *(k for k in known if k)]))
-    paths = {e.name: sites[e.name].module for e in plan.seeded if e.kind == "linear" and e.name.endswith(".weight")}
-    found = statistics.second_moments(model, sorted(set(paths.values())), inputs)
-    return {name: found[path] for name, path in paths.items() if path in found}
+        context = min([64, *(k for k in known if k)])
+        inputs = statistics.random_tokens(int(embed().weight.shape[0]), context=context, **options)
+    return inputs
 
 
 def decompress_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -50,7 +50,8 @@ class RbeConfig(QuantizationConfigMixin):
         embeddings_bits: rate of embeddings and of heads tied to them; None is `bits`, 0 keeps them dense.
         rates: shell patterns of module paths, with the rate of what they fit (encoding only).
         format, block, mode, precision, stages: of all seeds, as in `SeedSpec` (encoding only).
-        outliers: share of the weights, the largest ones, that is kept beside the seeds (encoding only).
+        outliers: share of the weights, the largest ones, that is kept beside the seeds (encoding only; here extreme
+            weights are not found by themselves, since the plan is made before they are read).
         modules: what each seed layer of the file is; written by the library.
         format_version: of the seeds; written by the library.
 

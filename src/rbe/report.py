@@ -1,7 +1,7 @@
-"""One self-contained HTML page about a compressed model: no script, no outside resource, plots inlined as SVG."""
+"""One self-contained HTML page of a compressed model or a training run: no script, nothing from outside, SVG plots."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -156,12 +156,74 @@ def render(report: Report) -> str:
         (size(report.stored), f"for {report.weights / 1e6:.1f} M weights"),
         *report.headlines,
     ]
+    return _page(f"{report.title} in seeds", "rbe report", report.title, cards, sections)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One plot over the epochs of a training run.
+
+    Attributes:
+        name: of what is plotted.
+        lines: its label to one value for every epoch; None where there is none.
+        log: whether the axis is logarithmic.
+    """
+
+    name: str
+    lines: Mapping[str, Sequence[float | None]]
+    log: bool = False
+
+
+def render_training(
+    title: str,
+    cards: Sequence[tuple[str, str]],
+    plots: Sequence[Curves],
+    facts: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The page of a training run.
+
+    >>> page = render_training("a run", [("98.1 %", "best")], [Curves("loss", {"training": [2.0, 1.0]}, log=True)])
+    >>> "a run" in page, "<svg" in page, "<script" in page
+    (True, True, False)
+
+    Args:
+        title: name of the run.
+        cards: (value, caption) pairs for the top.
+        plots: one for each thing to see.
+        facts: (name, value) pairs for the end.
+
+    Raises:
+        RbeError: matplotlib is not installed.
+    """
+    kept = [plot for plot in plots if any(v is not None for line in plot.lines.values() for v in line)]
+    figure = _figure_class()(figsize=(9.4, 2.6 * -(-len(kept) // 2)), layout="constrained")
+    axes = figure.subplots(-(-len(kept) // 2), 2, squeeze=False).flatten() if kept else []
+    for axis in axes[len(kept) :]:
+        axis.remove()
+    for axis, plot in zip(axes, kept, strict=False):
+        for (label, line), colour in zip(plot.lines.items(), _COLOURS, strict=False):
+            points = [(k, v) for k, v in enumerate(line, 1) if v is not None]
+            marker = "o" if len(points) < 2 else None
+            axis.plot(*zip(*points, strict=True), marker=marker, color=colour, lw=1.4, label=label)
+        axis.set_title(plot.name, fontsize=9.5, loc="left")
+        axis.set_yscale("log" if plot.log else "linear")
+        axis.grid(axis="y", color="#ddd", lw=0.6)
+        if len(plot.lines) > 1:
+            axis.legend(frameon=False, fontsize=8)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    sections = [_section("Epoch by epoch", _svg(figure, "curves of the run"))] if kept else []
+    sections += [_section("About this run", _facts(facts))] if facts else []
+    return _page(title, "rbe train", title, cards, sections)
+
+
+def _page(name: str, over: str, title: str, cards: Sequence[tuple[str, str]], sections: Sequence[str]) -> str:
     head = "".join(f"<div class=card><b>{escape(v)}</b><span>{escape(c)}</span></div>" for v, c in cards)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(report.title)} in seeds</title><style>{_STYLE}</style></head>\n<body><main>"
-        f"<header><p class=over>rbe report</p><h1>{escape(report.title)}</h1></header>"
+        f"<title>{escape(name)}</title><style>{_STYLE}</style></head>\n<body><main>"
+        f"<header><p class=over>{escape(over)}</p><h1>{escape(title)}</h1></header>"
         f"<div class=cards>{head}</div>\n{''.join(sections)}</main></body></html>\n"
     )
 

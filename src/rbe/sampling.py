@@ -1,5 +1,6 @@
 """Text from a language model, piece by piece as it is made."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,9 +72,9 @@ def _stream(
         if held + len(pending) > context:
             pending, cache, held = (ids + made)[-context // 2 :], None, 0
         with torch.inference_mode():
-            output = model(input_ids=torch.tensor([pending]), past_key_values=cache, use_cache=True)
-        cache, held = output.past_key_values, held + len(pending)
-        token = draw(output.logits[0, -1].float(), temperature, top_k, generator)
+            logits, cache = read_on(model, torch.tensor([pending]), cache)
+        held += len(pending)
+        token = draw(logits[0, -1].float(), temperature, top_k, generator)
         if token in stops:
             break
         made.append(token)
@@ -86,6 +87,19 @@ def _stream(
     text = tokenizer.decode(made, skip_special_tokens=True)
     if len(text) > len(shown):
         yield text[len(shown) :]
+
+
+def read_on(model: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    """Let a causal language model read more tokens: (logits of these tokens, key-value cache for the next call).
+
+    Args:
+        ids: int64 (batch, tokens).
+        cache: of the call before; None at the beginning.
+    """
+    # transformers is renaming its argument and output `past_key_values`; each model's own signature says which it has.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    output = model(input_ids=ids, use_cache=True, **{name: cache})
+    return output.logits, getattr(output, name)
 
 
 def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:

@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rbe import shards
 from rbe.errors import CorruptFile, RbeError
 from rbe.nn import swap
 from rbe.nn.swap import Site
+from rbe.outliers import Outliers
 from rbe.shards import Stored
 
 INDEX = "model.safetensors.index.json"
@@ -326,6 +327,11 @@ def check_values(source: Source, encoded: frozenset[str]) -> None:
                     f"{source.path}: {name}[{', '.join(map(str, index))}] is {value}; "
                     "a weight must be finite in float32: repair the model, or fetch it again"
                 )
+
+
+def extremes(source: Source, names: Iterable[str]) -> dict[str, int]:
+    """How many weights of each of these tensors are extreme; every tensor is read once."""
+    return {name: Outliers.extremes(source.tensors[name].read(copy=False)) for name in names}
 
 
 def _first_not_finite(tensor: Tensor) -> tuple[list[int], float] | None:

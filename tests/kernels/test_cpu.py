@@ -138,7 +138,7 @@ def test_many_rows_equal_few_rows(tier: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(cpu.FUSED_ROWS, tier, 1 << 30)
     fused = kernels.seed_matmul(x, spec, seeds, ONE, None)
     monkeypatch.setitem(cpu.FUSED_ROWS, tier, 0)
-    monkeypatch.setattr(cpu, "TILE", 3200)  # bands of 32 rows
+    monkeypatch.setattr(cpu, "TILE", 800)  # bands of 32 rows
     assert torch.allclose(kernels.seed_matmul(x, spec, seeds, ONE, None), fused, rtol=1e-5, atol=1e-2)
 
 

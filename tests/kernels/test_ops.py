@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rbe import kernels
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec, trellis
-from rbe.kernels import ops, reference
+from rbe.kernels import cpu, ops, reference
 
 SPEC = SeedSpec("trellis", (20, 33), bits=2, rotation=(3, 5))
 EMBEDDING = SeedSpec("trellis", (20, 33), bits=2, rotation=(0, 5))
@@ -115,10 +115,27 @@ def test_other_dtypes_keep_their_dtype(dtype: torch.dtype) -> None:
 def test_shapes_that_are_odd() -> None:
     x = random_x(4, 3, 33)
     assert torch.equal(linear(x).reshape(12, 20), linear(x.reshape(12, 33)))
-    assert torch.equal(linear(x[1, 2]), linear(x)[1, 2])
     strided = random_x(33, 4).T
     assert torch.equal(linear(strided), linear(strided.contiguous()))
     assert linear(random_x(0, 33)).shape == (0, 20)
+
+
+def test_rows_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit where the product is fused; where many rows go to the platform's GEMM, to float32 rounding."""
+    x = random_x(12, 33)
+    exact = x.double() @ dense().T
+    naive = (reference.seed_matmul(x, SPEC, SEEDS, SCALE, None) - exact).abs().max()
+    monkeypatch.setitem(cpu.FUSED_ROWS, cpu.tier(), 12)
+    alone = {activations: torch.stack([linear(row, activations) for row in x]) for activations in kernels.ACTIVATIONS}
+    for activations in kernels.ACTIVATIONS:
+        assert torch.equal(linear(x, activations), alone[activations])
+        assert torch.equal(linear(x[:7], activations), alone[activations][:7])
+    monkeypatch.setitem(cpu.FUSED_ROWS, cpu.tier(), 11)
+    assert torch.equal(linear(x[:11]), alone["float32"][:11])
+    assert torch.equal(linear(x, "int8"), alone["int8"])
+    assert (linear(x) - alone["float32"]).abs().max() <= 2 * naive
+    # A weight that is off by one step of the code would show.
+    assert 2 * naive < 1e-2 * SCALE * x.abs().amax(1).min()
 
 
 def test_meta_tensors_have_shapes() -> None:

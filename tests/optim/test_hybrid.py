@@ -14,7 +14,7 @@ from rbe.errors import RbeError
 from rbe.formats import make_spec, outer128, packed128
 from rbe.nn import Linear
 from rbe.optim import HybridAdam
-from rbe.optim.hybrid import METHODS
+from rbe.optim.motion import METHODS
 from rbe.optim.transitions import neighbours
 
 FORMATS = ["packed64", "packed128", "outer128"]
@@ -142,6 +142,10 @@ def train(model: nn.Module, optimizer: HybridAdam, x: Tensor, y: Tensor, steps: 
         optimizer.step()
         if step % 3 == 2:
             optimizer.flip(closure, share=0.5)
+        if step % 4 == 1:
+            optimizer.beam(closure, share=0.5, width=4, rounds=2)
+        if step == 5:
+            optimizer.hold(0.5)
 
 
 def two_layers() -> nn.Module:
@@ -169,8 +173,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit() -> None:
         assert torch.equal(value, model.state_dict()[name]), name
 
 
-def planted(format: str) -> tuple[Linear, Callable[[], Tensor], Tensor]:
-    """A layer that differs from its teacher in some bits only."""
+def planted(format: str) -> tuple[Linear, Callable[..., Tensor], Tensor]:
+    """A layer that differs from its teacher in some bits only; the closure takes other inputs too."""
     torch.manual_seed(3)
     teacher = Linear(48, 48, False, format=format)
     student = copy.deepcopy(teacher)
@@ -180,8 +184,7 @@ def planted(format: str) -> tuple[Linear, Callable[[], Tensor], Tensor]:
     code[wrong, 0] ^= masks[-1 if format == "packed128" else 5]
     student.write_code(code)
     x = torch.randn(512, 48)
-    wanted = teacher(x).detach()
-    return student, lambda: (student(x) - wanted).square().mean(), teacher.read_code()
+    return student, lambda x=x: (student(x) - teacher(x).detach()).square().mean(), teacher.read_code()
 
 
 @pytest.mark.parametrize("format", ["packed128", "outer128"])
@@ -189,13 +192,239 @@ def test_flips_recover_planted_bits(format: str) -> None:
     student, closure, right = planted(format)
     optimizer = HybridAdam(student, seed=1)
     assert (student.read_code() != right).any()
-    losses = [closure().item()]
+    losses, fresh = [closure().item()], torch.randn(512, 48)
+    true_loss = closure(fresh).item()
     for _ in range(40):
         outcome = optimizer.flip(closure, share=0.5, temperature=0.05)
         assert outcome.after <= outcome.before
         assert closure().item() == pytest.approx(outcome.after, rel=1e-5, abs=1e-9)
         losses.append(outcome.after)
     assert losses[-1] < 0.1 * losses[0]
+    assert closure(fresh).item() < 0.1 * true_loss  # on inputs that no flip has seen
+
+
+def test_a_beam_changes_several_bits_at_once_where_single_ones_are_refused() -> None:
+    """Planted: four bits of every amplitude are wrong, and some single ones are right only together."""
+    torch.manual_seed(5)
+    teacher = Linear(48, 48, False, format="packed128")
+    parts = packed128.fields(teacher.read_code())
+    amplitudes = torch.full_like(parts["geo_amp"], 3000)
+    teacher.write_code(packed128.code_of(**{**parts, "geo_amp": amplitudes}))
+    student = copy.deepcopy(teacher)
+    student.write_code(packed128.code_of(**{**parts, "geo_amp": amplitudes ^ 0b11110000}))
+    x = torch.randn(512, 48)
+    wanted = teacher(x).detach()
+
+    def closure() -> Tensor:
+        return (student(x) - wanted).square().mean()
+
+    optimizer = HybridAdam(student)
+    before = student.read_code().clone()
+    losses = [closure().item()]
+    for _ in range(20):
+        outcome = optimizer.beam(closure, share=1.0)
+        assert outcome.accepted <= outcome.proposed
+        assert outcome.after <= outcome.before == pytest.approx(losses[-1], rel=1e-5)
+        assert closure().item() == pytest.approx(outcome.after, rel=1e-5, abs=1e-12)
+        losses.append(outcome.after)
+    turned = before ^ student.read_code()
+    assert max(bin(word & (1 << 64) - 1).count("1") for word in turned.flatten().tolist()) > 1
+    assert losses[-1] < 0.02 * losses[0]
+
+
+def test_the_beam_looks_for_the_block_that_the_forecast_names() -> None:
+    """Of all codes within two bits of the old one, by brute force, none has a better forecast."""
+    torch.manual_seed(6)
+    layer = Linear(16, 16, False, format="packed128")
+    x, wanted = torch.randn(64, 16), torch.randn(64, 16)
+    optimizer = HybridAdam(layer)
+    names = ("quadrant", "geo_amp")
+    weight = layer.dense().detach().requires_grad_()
+    (nn.functional.linear(x, weight) - wanted).square().mean().backward()
+    scale = layer.scale.item()
+    gradient = weight.grad.double() * scale  # by the unscaled weights
+    old = layer.read_code().clone()
+    point = layer.radius.detach().double(), layer.angle.detach().double()
+
+    def made(code: Tensor) -> Tensor:
+        return packed128.values(code, *point, layer.spec)[0]
+
+    now = made(old)
+    h = gradient.norm() / now.norm()
+
+    def forecast(code: Tensor) -> float:
+        change = made(code) - now
+        return ((gradient * change).sum() + h / 2 * change.square().sum()).item()
+
+    masks = neighbours(layer.spec, names)
+    every = {int(old ^ a ^ b) for a in masks for b in masks} | {int(old ^ a) for a in masks}
+    best = min(forecast(torch.tensor([[code]])) for code in every)
+    optimizer.beam(
+        lambda: (layer(x) - wanted).square().mean(), share=1.0, width=99, rounds=2, fields=names, tolerance=1e9
+    )
+    assert forecast(layer.read_code()) == pytest.approx(best, rel=1e-6)
+    assert best < 0
+
+
+def test_a_tolerance_is_spent_once() -> None:
+    """However many parts are accepted, the loss is at most so much worse."""
+    torch.manual_seed(7)
+    layer = Linear(64, 64, False, format="packed128")
+    x = torch.randn(64, 64)
+    wanted = layer(x).detach()
+    optimizer = HybridAdam(layer)
+    for _ in range(10):
+        outcome = optimizer.flip(
+            lambda: (layer(x) - wanted).square().mean() + 0.0 * layer.scale,
+            share=0.5,
+            temperature=100.0,
+            tolerance=0.05,
+        )
+        assert outcome.after <= outcome.before + 0.05
+    assert outcome.after > 0
+
+
+@pytest.mark.parametrize("how", ["flip", "beam"])
+def test_trials_leave_running_statistics_and_dropout_alone(how: str) -> None:
+    torch.manual_seed(8)
+    model = nn.Sequential(Linear(32, 32, format="packed128"), nn.BatchNorm1d(32), nn.Dropout(0.5))
+    x = torch.randn(64, 32)
+    before = {name: value.clone() for name, value in model[1].named_buffers()}
+    optimizer = HybridAdam(model)
+    seen: list[float] = []
+
+    def closure() -> Tensor:
+        out = model(x)
+        seen.append(float((out == 0).double().mean()))
+        return (out - 1).square().mean()
+
+    outcome = getattr(optimizer, how)(closure, share=1.0)
+    assert len(seen) > 1 and len(set(seen)) == 1  # the same units are dropped in every trial
+    assert outcome.after <= outcome.before
+    for name, value in model[1].named_buffers():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("how", ["step", "flip", "beam"])
+def test_micro_batches_are_as_good_as_the_whole_batch(how: str) -> None:
+    """Gradients summed over parts, and a closure that sums over parts, do what the whole batch does."""
+    x, y = torch.randn(64, 16), torch.randn(64, 8)
+
+    def after(parts: int) -> dict[str, Tensor]:
+        torch.manual_seed(9)
+        model = nn.Sequential(Linear(16, 32, format="packed128"), nn.Tanh(), Linear(32, 8, format="packed128"))
+        optimizer = HybridAdam(model, clip_norm=0.1)
+
+        def closure() -> Tensor:
+            losses = [nn.functional.mse_loss(model(a), b) for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True)]
+            return torch.stack(losses).mean()
+
+        for _ in range(2):
+            optimizer.zero_grad()
+            for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                (nn.functional.mse_loss(model(a), b) / parts).backward()
+                if how != "step" and parts == 1:
+                    break
+            optimizer.step()
+            if how == "flip":
+                optimizer.flip(closure, share=0.5)
+            if how == "beam":
+                optimizer.beam(closure, share=0.5, width=4, rounds=2)
+        return model.state_dict()
+
+    whole, parts = after(1), after(4)
+    for name, value in whole.items():
+        if value.dtype == torch.int64:
+            assert torch.equal(value, parts[name]), name
+        else:
+            torch.testing.assert_close(value, parts[name], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_summed_so_far_survive_a_change_of_bits() -> None:
+    student, closure, _ = planted("packed128")
+    optimizer = HybridAdam(student)
+    closure().backward()
+    kept = student.radius.grad
+    value = kept.clone()
+    assert optimizer.beam(closure, share=0.5).accepted > 0
+    assert optimizer.flip(closure, share=0.5).proposed > 0
+    assert student.radius.grad is kept
+    assert torch.equal(kept, value)
+
+
+def test_signs_held_stay_and_are_the_most_certain() -> None:
+    torch.manual_seed(10)
+    model = nn.Sequential(Linear(32, 32, format="outer128"), nn.Tanh(), Linear(32, 16, format="outer128"))
+    x, y = torch.randn(64, 32), torch.randn(64, 16)
+    optimizer = HybridAdam(model, lr=0.05)
+
+    def closure() -> Tensor:
+        return nn.functional.mse_loss(model(x), y)
+
+    def steps(n: int) -> None:
+        for _ in range(n):
+            optimizer.zero_grad()
+            closure().backward()
+            optimizer.step()
+            optimizer.flip(closure, share=1.0, temperature=10.0, tolerance=1.0)
+
+    steps(3)
+    assert optimizer.hold(0.5) == sum(m.latent.numel() // 2 for m in (model[0], model[2]))
+    held = [optimizer.state[m.latent]["free"] == 0 for m in (model[0], model[2])]
+    before = [m.latent.detach().clone() for m in (model[0], model[2])]
+    for mark, latent in zip(held, before, strict=True):
+        assert latent.abs()[mark].min() >= latent.abs()[~mark].max()
+    steps(5)
+    for mark, latent, module in zip(held, before, (model[0], model[2]), strict=True):
+        assert torch.equal(module.latent[mark], latent[mark])
+        assert (module.latent[~mark] != latent[~mark]).any()
+    optimizer.hold(0.75)
+    for mark, module in zip(held, (model[0], model[2]), strict=True):
+        assert (optimizer.state[module.latent]["free"][mark] == 0).all()
+    optimizer.hold(1.0)
+    before = [m.latent.detach().clone() for m in (model[0], model[2])]
+    steps(2)
+    assert all(torch.equal(a, m.latent) for a, m in zip(before, (model[0], model[2]), strict=True))
+    optimizer.hold(0.0)
+    steps(2)
+    assert all((a != m.latent).any() for a, m in zip(before, (model[0], model[2]), strict=True))
+
+
+def test_a_latent_of_zero_can_turn() -> None:
+    layer = Linear(16, 16, False, format="outer128")
+    with torch.no_grad():
+        layer.latent.zero_()
+    code = torch.full_like(layer.read_code(), 0x0123_4567_89AB_CDEF)
+    layer.write_code(code)
+    assert torch.equal(layer.read_code(), code)
+
+
+def test_components_are_clipped_instead_of_the_norm() -> None:
+    layer = layer_with_gradient("packed128", 0.5, 0.3, (3.0, -0.04))
+    optimizer = HybridAdam(layer, lr=0.01, method="polar", clip_value=0.1)
+    optimizer.step()
+    assert optimizer.state[layer.radius]["mean"].flatten().tolist() == pytest.approx([0.1 * 0.1, 0.1 * -0.04], rel=1e-5)
+
+
+def test_modules_side_by_side_move_as_each_alone() -> None:
+    """Points of all layers take one step together, of layers with fewer gradients so far too."""
+    torch.manual_seed(11)
+    both = nn.ModuleList([Linear(16, 32, False, format="packed128"), Linear(32, 16, False, format="outer128"),
+                          Linear(16, 16, False, format="packed128")])  # fmt: skip
+    alone = copy.deepcopy(both)
+    together, single = HybridAdam(both, lr=0.05), [HybridAdam(m, lr=0.05) for m in alone]
+    for step in range(4):
+        for a, b in zip(both, alone, strict=True):
+            a.radius.grad, a.angle.grad = torch.randn_like(a.radius), torch.randn_like(a.angle)
+            b.radius.grad, b.angle.grad = a.radius.grad.clone(), a.angle.grad.clone()
+        if step == 1:
+            both[2].radius.grad = both[2].angle.grad = alone[2].radius.grad = alone[2].angle.grad = None
+        together.step()
+        for one in single:
+            one.step()
+    for a, b in zip(both, alone, strict=True):
+        assert torch.equal(a.radius, b.radius)
+        assert torch.equal(a.angle, b.angle)
 
 
 def test_refused_flips_leave_everything_as_it_was() -> None:
@@ -261,7 +490,7 @@ def test_neighbours_are_the_bits_of_the_fields() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"lr": -1.0}, {"lr": math.nan}, {"method": "spiral"}, {"betas": (0.9, 1.0)}, {"latent_limit": 0.0},
-     {"clip_norm": 0.0}, {"pull": -1.0}],
+     {"clip_norm": 0.0}, {"pull": -1.0}, {"clip_value": 0.0}, {"clip_norm": 1.0, "clip_value": 0.1}],
 )  # fmt: skip
 def test_arguments_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(RbeError, match="HybridAdam"):
@@ -277,6 +506,17 @@ def test_nothing_to_train_is_refused() -> None:
     layer = Linear(16, 16, format="packed128")
     with pytest.raises(RbeError, match="fields"):
         HybridAdam(layer).flip(lambda: layer(torch.ones(1, 16)).sum(), fields=("colour",))
+    with pytest.raises(RbeError, match="fields"):
+        HybridAdam(layer).beam(lambda: layer(torch.ones(1, 16)).sum(), fields=("colour",), share=1.0)
+    with pytest.raises(RbeError, match="width"):
+        HybridAdam(layer).beam(lambda: layer(torch.ones(1, 16)).sum(), width=0)
+    signs = Linear(16, 16, format="outer128")
+    with pytest.raises(RbeError, match="packed128"):
+        HybridAdam(signs).beam(lambda: signs(torch.ones(1, 16)).sum())
+    with pytest.raises(RbeError, match="hold"):
+        HybridAdam(signs).hold(1.5)
+    with pytest.raises(RbeError, match="hold"):
+        HybridAdam(layer).hold(0.5)
     with pytest.raises(RbeError, match="share"):
         HybridAdam(layer).flip(lambda: layer(torch.ones(1, 16)).sum(), share=0.0)
 
@@ -299,6 +539,7 @@ def _worker(rank: int, folder: str) -> None:
         optimizer.step()
         if step % 3 == 2:
             optimizer.flip(closure, share=0.5)
+            optimizer.beam(closure, share=0.5, width=4, rounds=2)
     torch.save(model.state_dict(), f"{folder}/state{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -319,3 +560,14 @@ def test_a_point_at_the_origin_moves_and_stays_a_number(method: str) -> None:
     assert torch.isfinite(layer.radius).all()
     assert torch.isfinite(layer.angle).all()
     assert (layer.radius > 0).all()
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_a_scale_moves_by_its_logarithm(size: float) -> None:
+    layer = Linear(16, 16, bias=False, format="outer128")
+    with torch.no_grad():
+        layer.scale.fill_(size)
+    optimizer = HybridAdam(layer, lr=0.01)
+    layer.scale.grad = torch.tensor(5.0)
+    optimizer.step()
+    assert layer.scale.item() == pytest.approx(size * math.exp(-0.01), rel=1e-5)

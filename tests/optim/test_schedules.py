@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from rbe.errors import RbeError
-from rbe.optim import PowerDecay, WarmupDecay
+from rbe.optim import Cooling, PowerDecay, WarmupDecay
 
 
 def printed(epoch: int, base: float) -> float:
@@ -51,9 +51,26 @@ def test_power_decay() -> None:
         assert rate(t) == pytest.approx((50 / (50 + t)) ** 0.5) and flips(t) == pytest.approx(rate(t) ** 4)
 
 
+def test_both_rates_of_4_6_2_beside_the_printed_formulas() -> None:
+    for t0 in (1.0, 100.0):
+        for t in range(0, 1000, 37):
+            assert 3e-3 * PowerDecay(t0)(t) == pytest.approx(3e-3 * math.sqrt(t0 / (t0 + t)), rel=1e-12)
+            assert 0.3 * PowerDecay(t0, 2.0)(t) == pytest.approx(0.3 * t0 * t0 / (t0 + t) ** 2, rel=1e-12)
+
+
+def test_cooling_of_4_5_3_and_decay_by_epochs_of_4_3_3() -> None:
+    for epoch in (0, 1, 10, 150):
+        assert Cooling()(epoch) == pytest.approx(0.1 * (1.0 / (1.0 + 0.1 * epoch)))
+        decay, cool = WarmupDecay(0, 0.99, 1.0), WarmupDecay(0, 0.95, 1.0)
+        assert decay(epoch) == pytest.approx(0.99**epoch) and cool(epoch) == pytest.approx(0.95**epoch)
+    assert 1 / Cooling()(0) == pytest.approx(10.0)  # the printed beta
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: Cooling(start=0.0),
+        lambda: Cooling(slope=-1.0),
         lambda: WarmupDecay(warmup=-1),
         lambda: WarmupDecay(decay=0.0),
         lambda: WarmupDecay(decay=1.5),
@@ -64,5 +81,5 @@ def test_power_decay() -> None:
     ],
 )
 def test_bad_arguments_are_named(make: type) -> None:
-    with pytest.raises(RbeError, match=r"Decay\(.*=.*\): "):
+    with pytest.raises(RbeError, match=r"(Decay|Cooling)\(.*=.*\): "):
         make()

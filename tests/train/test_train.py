@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from rbe.cli import learn
 from rbe.errors import RbeError
 from rbe.nn import Seeded
-from rbe.train import load, load_config, train
+from rbe.train import Config, Progress, data, load, load_config, train
 from rbe.train.data import shifted
 from rbe.train.networks import build, sizes
-from rbe.train.run import CHECKPOINT, RESULT
+from rbe.train.run import CHECKPOINT, RESULT, accuracy
 
 Write = Callable[..., Path]
 
@@ -47,6 +49,43 @@ def write(tmp_path: Path) -> Write:
 QUICK = "[train]\nepochs = 4\nbatch = 50\nlr = 0.02\nflip_every = 4\n"
 
 
+STREAM = "[model]\nwidths = [64, 32, 4]\nnorm = 'none'\n[seeds]\nformat = 'stream'\nbytes = 90\n"
+STREAM += "[train]\nepochs = 8\nbatch = 50\nlr = 0.05\n"
+
+
+def test_a_network_of_streams_keeps_to_its_bytes_and_goes_on_where_it_stopped(write: Write, tmp_path: Path) -> None:
+    config = load_config(write(STREAM))
+    result = train(config, tmp_path / "out")
+    assert result.accuracy > 0.6
+    assert result.seed_bytes <= 90
+    assert result.bytes == result.seed_bytes + 2 * 4  # a scale for every matrix; the biases are in the streams
+    assert result.weights == 64 * 32 + 32 * 4
+    assert sizes(load(tmp_path / "out"))["bytes"] == result.bytes
+
+    def stop(progress: Progress) -> None:
+        if progress.epoch == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "again", stop)
+    again = train(config, tmp_path / "again")
+    assert (again.curve, again.seed_bytes, again.value) == (result.curve, result.seed_bytes, result.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (STREAM.replace("bytes = 90", ""), "bytes is missing"),
+        (STREAM.replace("bytes = 90", "bytes = 90\nrows = [4]"), "2 positive numbers"),
+        (STREAM + "flip_every = 4\n", "no meaning"),
+        (STREAM + "rest_bits = 16\n", "no meaning"),
+    ],
+)
+def test_what_means_nothing_for_streams_is_refused(write: Write, text: str, message: str) -> None:
+    with pytest.raises(RbeError, match=message):
+        load_config(write(text))
+
+
 @pytest.mark.parametrize("format", ["outer128", "packed128", "packed64", "dense"])
 def test_a_network_of_every_format_learns(write: Write, tmp_path: Path, format: str) -> None:
     text = QUICK.replace("flip_every = 4", "flip_every = 0") if format in ("packed64", "dense") else QUICK
@@ -71,6 +110,20 @@ def test_bytes_are_counted_whole(write: Write) -> None:
         if isinstance(module, Seeded):
             module.freeze()
     assert sizes(model)["bytes"] == seeds + rest
+
+
+@pytest.mark.parametrize(("bits", "each"), [(16, 2), (8, 1)])
+def test_the_rest_can_be_small(write: Write, tmp_path: Path, bits: int, each: int) -> None:
+    config = load_config(write(QUICK + f"rest_bits = {bits}\n"))
+    result = train(config, tmp_path / "out")
+    vectors = 32 + 32 + 4  # row scales and bias of the first layer, bias of the second
+    steps = 4 * 3 if bits == 8 else 0
+    assert result.bytes == result.seed_bytes + 4 * 2 + each * vectors + steps
+    assert result.accuracy > 0.6
+    images = data.load(config)
+    again = load(tmp_path / "out")
+    assert accuracy(again, *images.test) == result.accuracy
+    assert accuracy(again, *images.validation) == result.validation
 
 
 class Stopped(Exception):
@@ -150,12 +203,25 @@ def test_shifted_images_are_moved_whole() -> None:
     assert shifted(x, 0, -1.0, torch.Generator()) is x
 
 
+def test_norms_are_measured_anew_for_validation(write: Write, tmp_path: Path) -> None:
+    """At a rate at which signs turn every step, running statistics are of no network; those measured afterwards are."""
+    config = load_config(write("[train]\nepochs = 1\nbatch = 100\nlr = 0.02\n"))
+    train(config, tmp_path / "out")
+    model, images = load(tmp_path / "out"), data.load(config)
+    seen: list[torch.Tensor] = []
+    model.norm1.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0]))
+    model(images.train[0])
+    torch.testing.assert_close(model.norm1.running_mean, seen[0].mean(0), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
         ("[train]\nepoch = 3\n", "did you mean epochs"),
         ("[train]\nepochs = 'many'\n", "must be int"),
         ("[train]\nepochs = 0\n", "must be positive"),
+        ("[train]\nrest_bits = 4\n", "rest_bits is 4"),
+        ("[seeds]\nformat = 'dense'\n[train]\nrest_bits = 8\n", "32 for a dense network"),
         ("[seeds]\nformat = 'trellis'\n", "choose one of"),
         ("[model]\nkind = 'vgg'\n", "choose one of"),
         ("[model]\nwidths = [3]\n", "no network"),
@@ -194,9 +260,78 @@ def test_a_loss_that_is_no_number_ends_the_run(write: Write, tmp_path: Path) -> 
         train(config, tmp_path / "out")
 
 
-@pytest.mark.parametrize(("name", "seed_bytes"), [("64", 14720), ("256", 3840), ("dense", 939008)])
-def test_the_examples_are_configurations(name: str, seed_bytes: int) -> None:
-    config = load_config(Path(__file__).parent.parent.parent / "examples" / f"mnist-{name}.toml")
-    model = build(config)
-    assert sizes(model)["weights"] == 234752
+class Halves(nn.Module):
+    """A layer of another kind: weights that are stored in two bytes."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(outputs, inputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def stored(self) -> tuple[int, int]:
+        return self.matrix.numel(), 2 * self.matrix.numel()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.matrix, self.bias)
+
+
+def test_a_network_of_other_layers_runs_in_the_same_harness(write: Write, tmp_path: Path) -> None:
+    config = load_config(write(QUICK.replace("flip_every = 4", "flip_every = 0")))
+
+    def build(config: Config) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), Halves(64, 4))
+
+    result = train(config, tmp_path / "out", build=build)
+    assert (result.weights, result.seed_bytes, result.bytes) == (256, 512, 512 + 16)
+    assert result.ratio == 2
+    assert result.accuracy > 0.6
+    assert load(tmp_path / "out", build)(torch.zeros(1, 8, 8)).shape == (1, 4)
+
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "seed_bytes"),
+    [
+        ("mnist-dense", 234752, 939008),
+        ("mnist-64", 234752, 14720),
+        ("mnist-256", 234752, 3840),
+        ("fashion-64", 234752, 14720),
+        ("cifar-mlp-64", 820480, 51328),
+        ("resnet20-64", 268336, 17088),
+        ("lenet5-fc-300", 430500, 4 * (430500 - 400_000) + 4992),
+        ("lstm-180", 4260864, 87040),
+        ("multi30k", 7553024, 4 * 8000 * 256 + 95232),
+    ],
+)
+def test_the_examples_have_the_bytes_they_say(name: str, weights: int, seed_bytes: int) -> None:
+    model = build(load_config(EXAMPLES / f"{name}.toml"))
+    assert sizes(model)["weights"] == weights
     assert sizes(model)["seed_bytes"] == seed_bytes
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_example_is_a_configuration(path: Path) -> None:
+    config = load_config(path)
+    assert config.train.epochs or config.model.start
+    if config.train.teacher is not None and "runs" in config.train.teacher:
+        taught_by = load_config(EXAMPLES / f"{Path(config.train.teacher).name}.toml")
+        assert taught_by.seeds.format == "dense"
+        shape = replace(config.model, dropout=0.0)
+        assert replace(taught_by.model, dropout=0.0) == shape
+        assert taught_by.data == config.data
+
+
+def test_the_command_writes_a_page_and_one_line(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learn.train(write("[seeds]\nblock = 8\nbytes = 600\n" + QUICK), tmp_path / "out", False, True)
+    line = json.loads(capsys.readouterr().out)
+    assert line["accuracy"] == line["value"]
+    assert {"seed_bytes", "bytes", "ratio", "seconds", "plan"} <= set(line)
+    assert line["seed_bytes"] <= 600
+    page = (tmp_path / "out" / learn.PAGE).read_text()
+    for part in ("<svg", "signs that have turned", "learning rates", "validation accuracy", "4 / 4"):
+        assert part in page
+    assert "<script" not in page

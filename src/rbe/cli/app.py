@@ -162,7 +162,9 @@ def compress(
     ],
     bits: Annotated[
         float | None,
-        typer.Option(help="Bits a weight of a trellis: 0.5, 1, 1.5, 2 (default), 2.5, 3, 3.5 or 4."),
+        typer.Option(
+            help="Bits a weight of a trellis: 0.5, 1, 1.5, 2 (default), 2.5, 3, 3.5 or 4; any mean with --allocate."
+        ),
     ] = None,
     format: Annotated[Format, typer.Option(help="What the seeds are.")] = Format.trellis,
     block: Annotated[
@@ -171,8 +173,12 @@ def compress(
     mode: Annotated[Mode | None, typer.Option(help="packed128: radial (default), or faithful to the paper.")] = None,
     stages: Annotated[int, typer.Option(min=1, help="Packed formats: seeds summed in every block.")] = 1,
     outliers: Annotated[
-        float, typer.Option(metavar="SHARE", help="Keep the largest weights beside the seeds, e.g. 0.005 of them.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Keep the largest weights beside the seeds, e.g. 0.005 of them (default: extreme ones; 0: none).",
+        ),
+    ] = None,
     precision: Annotated[int, typer.Option(help="packed64: bits of a number, 32 or 64.")] = 32,
     effort: Annotated[Effort, typer.Option(help="How hard to search: fast for a try, best for the last percents.")] = (
         Effort.balanced
@@ -193,6 +199,14 @@ def compress(
     calibrate: Annotated[
         str | None,
         typer.Option(metavar="random|FILE", help="Run the dense model first, on random tokens or a text."),
+    ] = None,
+    allocate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="random|FILE",
+            help="Spread the bits, --bits on average: more where the answers of the dense model, to random tokens "
+            "or to a text, hang on it.",
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the search (default: all cores).")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the rotations; the same gives the same bytes.")] = 0,
@@ -224,6 +238,7 @@ def compress(
         precision=precision,
         outliers=outliers,
         calibrate=calibrate,
+        allocate=allocate,
     )
 
 

@@ -1,10 +1,22 @@
 """What `rbe train` does."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rbe.cli import show
-from rbe.train import Progress, load_config
+from rbe.errors import RbeError
+from rbe.train import Config, Progress, Result, Share, load_config
 from rbe.train import train as run
+
+PAGE = "report.html"
+# How a metric is read by people: factor, decimals, unit.
+_FORMS = {
+    "accuracy": (100.0, 2, " %"),
+    "bits_per_character": (1.0, 4, " bits"),
+    "bleu": (1.0, 2, " BLEU"),
+    "perplexity": (1.0, 2, ""),
+}
 
 
 def train(config: Path, output: Path | None, restart: bool, as_json: bool) -> None:
@@ -12,22 +24,82 @@ def train(config: Path, output: Path | None, restart: bool, as_json: bool) -> No
     settings = load_config(config)
     folder = output or Path("runs") / settings.name
     console = show.err()
+    page = _Page(settings, folder)
 
     def tell(p: Progress) -> None:
         console.print(
-            f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.4f}  validation {100 * p.validation:.2f} %  "
-            f"best {100 * p.best:.2f} %  {show.short(p.seconds)}, {show.short(p.left)} left"
+            f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.4f}  validation {_shown(p.metric, p.validation)}  "
+            f"best {_shown(p.metric, p.best)}  {show.short(p.seconds)}, {show.short(p.left)} left"
         )
+        complaint = page.update(p)
+        if complaint:
+            console.print(complaint)
 
-    result = run(settings, folder, tell, restart)
+    def planned(shares: tuple[Share, ...]) -> None:
+        if not as_json:
+            show.table("plan", ["matrix", "shape", "block", "bytes", "sensitivity", "forecast loss"], _rows(shares))
+
+    result = run(settings, folder, tell, restart, planned=planned)
     if as_json:
         show.machine({**result.to_json(), "folder": folder})
         return
-    rows = [
-        ["test accuracy", f"{100 * result.accuracy:.2f} %", f"epoch {result.epoch}, best on validation"],
-        ["validation", f"{100 * result.validation:.2f} %", ""],
+    show.table(settings.name, ["", "", ""], _results(result, folder), left=(0, 2))
+
+
+def _shown(metric: str, value: float) -> str:
+    factor, decimals, unit = _FORMS[metric]
+    return f"{factor * value:.{decimals}f}{unit}"
+
+
+def _rows(shares: Sequence[Share]) -> list[list[str]]:
+    return [
+        [s.name, f"{s.rows}x{s.columns}", str(s.edge), f"{s.bytes:,}", f"{s.sensitivity:.2e}", f"{s.loss:.2e}"]
+        for s in shares
+    ]
+
+
+def _results(result: Result, folder: Path) -> list[list[str]]:
+    metric = result.metric.replace("_", " ")
+    return [
+        [f"test {metric}", _shown(result.metric, result.value), f"epoch {result.epoch}, best on validation"],
+        ["validation", _shown(result.metric, result.validation), ""],
         ["seeds", f"{result.seed_bytes:,} bytes", f"{result.ratio:.1f}:1 against float32"],
         ["whole model", f"{result.bytes:,} bytes", f"{result.whole_ratio:.1f}:1; scales, biases and norms counted"],
         ["time", show.short(result.seconds), str(folder)],
     ]
-    show.table(settings.name, ["", "", ""], rows, left=(0, 2))
+
+
+class _Page:
+    """The report of a run, written anew after every epoch."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.path, self.gave_up = config, folder / PAGE, False
+
+    def update(self, p: Progress) -> str:
+        """Write it; what keeps it from being written is said once, and stops no run."""
+        if self.gave_up:
+            return ""
+        from rbe import report
+
+        roles = list(dict.fromkeys(role for epoch in p.history for role in epoch.rates))
+        factor, _, unit = _FORMS[p.metric]
+        metric = f"validation {p.metric.replace('_', ' ')}{f' ({unit.strip()})' if unit.strip() == '%' else ''}"
+        turned = [None if epoch.turned is None else 100 * epoch.turned for epoch in p.history]
+        plots = [
+            report.Curves("loss", {"training": [epoch.loss for epoch in p.history]}),
+            report.Curves(metric, {"validation": [factor * epoch.validation for epoch in p.history]}),
+            report.Curves("signs that have turned (%)", {"turned": turned}),
+            report.Curves("learning rates", {role: [e.rates.get(role) for e in p.history] for role in roles}, log=True),
+        ]
+        cards = [
+            (_shown(p.metric, p.best), "best on validation"),
+            (f"{p.epoch} / {p.epochs}", "epochs"),
+            (show.short(p.seconds), f"{show.short(p.left)} left"),
+        ]
+        facts = [(key, json.dumps(part)) for key, part in self.config.to_json().items()]
+        try:
+            self.path.write_text(report.render_training(self.config.name, cards, plots, facts), encoding="utf-8")
+        except (RbeError, OSError) as cause:
+            self.gave_up = True
+            return f"no {PAGE}: {cause}"
+        return ""

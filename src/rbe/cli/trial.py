@@ -18,6 +18,7 @@ from torch import nn
 
 from rbe import evaluate, profile
 from rbe.errors import RbeError
+from rbe.sampling import read_on
 from rbe.source import architecture
 
 
@@ -210,11 +211,10 @@ def _language_works(model: Any, context: int) -> dict[str, tuple[str, int, Calla
     start, steps = window[:, : min(16, context // 2)], min(16, context // 2 - 1)
 
     def write(m: Any) -> object:
-        output = m(input_ids=start, use_cache=True)
+        logits, cache = read_on(m, start)
         for _ in range(steps):
-            token = output.logits[:, -1:].argmax(-1)
-            output = m(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        return output
+            logits, cache = read_on(m, logits[:, -1:].argmax(-1), cache)
+        return logits
 
     return {
         f"write {steps} tokens": ("tokens", steps, write),

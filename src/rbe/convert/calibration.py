@@ -1,4 +1,4 @@
-"""Second moments for the matrices of a source: the dense model is run, some layers at a time."""
+"""What the dense model of a source tells about its matrices: it is run on random tokens, or on a text."""
 
 import hashlib
 import importlib
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rbe import calibrate, formats
+from rbe import calibrate, formats, sensitivity
+from rbe.allocate import Plan
 from rbe.convert.encoding import Job
 from rbe.errors import RbeError
 from rbe.source import Names, Source, architecture
@@ -28,19 +29,19 @@ class Calibration:
         identity: what the result depends on, for the journal.
     """
 
-    def __init__(self, dense: Source, how: str | Path) -> None:
+    def __init__(self, dense: Source, how: str | Path, option: str = "calibrate") -> None:
         text = None if str(how) == "random" else Path(how)
         if dense.bare or importlib.util.find_spec("transformers") is None:
             raise RbeError(
-                f"calibrate: {dense.path} cannot be run (it needs a config.json, and transformers); leave calibrate out"
+                f"{option}: {dense.path} cannot be run (it needs a config.json, and transformers); leave {option} out"
             )
         if text is not None and not text.is_file():
-            raise RbeError(f"calibrate: {text} is no file; give 'random', or a text file with a sentence a line")
-        self.dense = dense
+            raise RbeError(f"{option}: {text} is no file; give 'random', or a text file with a sentence a line")
+        self.dense, self.option = dense, option
         try:
             self.lines = None if text is None else text.read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError as cause:
-            raise RbeError(f"calibrate: {text} is no UTF-8 text ({cause})") from cause
+            raise RbeError(f"{option}: {text} is no UTF-8 text ({cause})") from cause
         told = None if self.lines is None else hashlib.sha256("\n".join(self.lines).encode()).hexdigest()
         self.identity = "random" if told is None else f"text {told}"
         self._model: Any = None
@@ -53,7 +54,9 @@ class Calibration:
                 self._model = kind.from_pretrained(self.dense.path, local_files_only=True, dtype=torch.float32).eval()
                 self.vocabulary = int(self._model.get_input_embeddings().weight.shape[0])
             except (OSError, ValueError, RuntimeError, AttributeError, NotImplementedError) as cause:
-                raise RbeError(f"calibrate: {self.dense.path} cannot be run as a model of tokens: {cause}") from cause
+                raise RbeError(
+                    f"{self.option}: {self.dense.path} cannot be run as a model of tokens: {cause}"
+                ) from cause
             self.tokenizer = None
             # Without these files transformers would make up a tokenizer that knows nothing.
             if not any((self.dense.path / name).is_file() for name in _TOKENIZER_FILES):
@@ -61,16 +64,19 @@ class Calibration:
             try:
                 self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.dense.path, local_files_only=True)
             except (OSError, ValueError, ImportError, KeyError, AttributeError) as cause:
-                raise RbeError(f"calibrate: the tokenizer in {self.dense.path} cannot be loaded: {cause}") from cause
+                raise RbeError(
+                    f"{self.option}: the tokenizer in {self.dense.path} cannot be loaded: {cause}"
+                ) from cause
         return self._model
 
-    def _batches(self) -> Any:
+    def _batches(self, tokens: int | None = None, together: int | None = None) -> Any:
+        """Inputs of so many tokens; random ones with at most `together` tokens a batch."""
         config = self._model.config
         known = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
         context = min([2048, *(k for k in known if k)])
         if self.lines is None:
-            return calibrate.random_tokens(self.vocabulary, self.tokenizer, context)
-        return calibrate.text_tokens(self.lines, self.tokenizer, context)
+            return calibrate.random_tokens(self.vocabulary, self.tokenizer, context, tokens, together=together)
+        return calibrate.text_tokens(self.lines, self.tokenizer, context, tokens)
 
     def moments(self, names: Collection[str]) -> dict[str, Tensor]:
         """Second moments by the tensors' names in the source."""
@@ -78,6 +84,17 @@ class Calibration:
         translate = Names(model)
         paths = {name: translate.module(name) for name in names}
         found = calibrate.second_moments(model, sorted(set(paths.values())), self._batches())
+        return {name: found[path] for name, path in paths.items() if path in found}
+
+    def sensitivities(self, plan: Plan) -> dict[str, float]:
+        """How much the model's answer hangs on each matrix of a plan, by name in the source; layers alone are asked."""
+        model = self._load()
+        translate = Names(model)
+        known = dict(model.named_parameters(remove_duplicate=False))
+        paths = {e.name: f"{translate.module(e.name)}.weight" for e in plan.seeded if e.name.endswith(".weight")}
+        weights = {paths[e.name]: e.row_scale for e in plan.seeded if paths.get(e.name) in known}
+        inputs = self._batches(sensitivity.TOKENS, sensitivity.TOGETHER)
+        found = sensitivity.sensitivities(model, weights, inputs)
         return {name: found[path] for name, path in paths.items() if path in found}
 
     def turns(self, jobs: Sequence[Job]) -> list[list[Job]]:

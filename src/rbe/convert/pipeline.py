@@ -5,12 +5,15 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rbe import __version__, allocate, checkpoint, formats, shards, source
-from rbe.allocate import Form, Plan
+from rbe import __version__, checkpoint, formats, shards, source
+from rbe.allocate import Form, Plan, make_plan, usual_rate
+from rbe.budget import MIDDLE
 from rbe.convert import place
+from rbe.convert.allocation import Allocation
 from rbe.convert.assembly import KEYS, ask, assemble
 from rbe.convert.calibration import Calibration
 from rbe.convert.encoding import Encoded, Job, Progress, encode_all, estimate, summary
@@ -97,8 +100,9 @@ def compress(
     mode: str | None = None,
     precision: int = 32,
     stages: int = 1,
-    outliers: float = 0.0,
+    outliers: float | None = None,
     calibrate: str | Path | None = None,
+    allocate: str | Path | None = None,
 ) -> Conversion:
     """Write a model as seeds.
 
@@ -114,6 +118,9 @@ def compress(
         calibrate: linear layers are encoded so that their outputs, not their weights, come near: "random" runs the
             dense model on random tokens; a path names a text of sentences to run it on. The model is then in memory,
             and up to 1 GiB of second moments. The bytes can depend on the number of threads of torch.
+        allocate: `bits` is then the mean of the trellis rates, and each matrix gets a rate by how much the model's
+            answer hangs on it: "random" asks the dense model with random tokens, a path with the sentences of a text.
+            Matrices that `rates` or `embeddings_bits` name keep the rate given there.
         seed: of the rotations.
         threads: of each encoder; by default the cores are shared out among the workers.
         workers: matrices encoded at a time, by joblib; its `parallel_config` chooses threads, processes or machines.
@@ -139,12 +146,11 @@ def compress(
     dst = place.free_target(src, dst)
     roles = source.roles(dense)
     form: Form = {"format": format, "block": block, "mode": mode, "precision": precision, "stages": stages}
-    plan = allocate.make_plan(
+    planned = partial(
+        make_plan,
         {name: (tensor.shape, tensor.dtype) for name, tensor in dense.tensors.items()},
         roles.modules,
-        bits=bits,
         embeddings_bits=embeddings_bits,
-        rates=rates,
         window=EFFORTS[effort].window,
         include=include,
         exclude=exclude,
@@ -153,18 +159,32 @@ def compress(
         outliers=outliers,
         **form,
     )
+    if allocate is not None and formats.is_disk(format):
+        raise RbeError(f"compress: allocate is for the trellis; {format} has one rate: leave it out")
+    plan = planned(bits=bits if allocate is None else MIDDLE, rates=rates)
     _check_plan(plan, src)
     source.check_values(dense, frozenset(entry.name for entry in plan.seeded))
+    if outliers is None:
+        planned = partial(planned, extremes=source.extremes(dense, [entry.name for entry in plan.seeded]))
+        plan = planned(bits=bits if allocate is None else MIDDLE, rates=rates)
+    work = dst.parent / f".{dst.name}.rbe-partial"
+    allocation = None
+    if allocate is not None:
+        mean = MIDDLE if bits is None else bits
+        allocation = Allocation(Calibration(dense, allocate, "allocate"), plan, mean, embeddings_bits, rates or {})
+        tell(Progress("prepare", "sensitivities"))
+        rates = allocation.rates(work)
+        plan = planned(bits=MIDDLE, rates=rates)
     settings: dict[str, Any] = {"effort": effort, "include": list(include), "exclude": list(exclude), "seed": seed}
-    settings |= {"bits": allocate.usual_rate(bits, form), "embeddings_bits": embeddings_bits}
+    settings |= {"bits": bits if allocation else usual_rate(bits, form), "embeddings_bits": embeddings_bits}
     settings |= {"rates": dict(rates or {})}
     settings |= form if formats.is_disk(format) else {}
-    settings |= {"outliers": outliers} if outliers else {}
+    settings |= {} if outliers is None else {"outliers": outliers}
     if calibrate is not None and formats.is_disk(format):
         raise RbeError(f"compress: calibrate is for the trellis; {format} cannot use it: leave it out")
     calibration = None if calibrate is None else Calibration(dense, calibrate)
     settings |= {} if calibration is None else {"calibrate": calibration.identity}
-    work = dst.parent / f".{dst.name}.rbe-partial"
+    settings |= {} if allocation is None else {"allocate": allocation.identity}
     if threads is None and workers > 1:
         threads = max(1, (os.cpu_count() or 1) // workers)
     jobs = [
@@ -193,6 +213,8 @@ def compress(
         work.mkdir(parents=True, exist_ok=True)
         with place.lock(work):
             place.put_back(dst)
+            if allocation is not None:
+                allocation.keep(work)
             journal = Journal(work, shards.canonical_digest(identity))
             remarks = [*roles.remarks, *([journal.remark] if journal.remark else [])]
             resumed = len(journal.done)

@@ -20,7 +20,7 @@ from rbe.formats import SeedSpec
 from rbe.kernels import bands, cpu, functions, ops, reference
 from rbe.kernels.cpu import tier
 from rbe.kernels.formulas import Calls
-from rbe.kernels.tensors import Tensors, plain, unwatched
+from rbe.kernels.tensors import Tensors, plain, unobserved
 
 __all__ = ["Prepared", "Tensors", "decode", "prepare", "reference", "rows", "seed_matmul", "tier"]
 
@@ -156,9 +156,10 @@ class Prepared:
 
     def matmul(self, x: Tensor, activations: str = "float32") -> Tensor:
         """As `seed_matmul`."""
-        if x.ndim == 0 or x.shape[-1] != self.spec.shape[1]:
+        shape = x.shape
+        if not shape or shape[-1] != self.spec.shape[1]:
             raise RbeError(
-                f"seed_matmul: x is {tuple(x.shape)}, but the matrix is {self.spec.shape}: "
+                f"seed_matmul: x is {tuple(shape)}, but the matrix is {self.spec.shape}: "
                 f"the last side of x must be {self.spec.shape[1]}"
             )
         if x.dtype not in _DTYPES:
@@ -194,14 +195,16 @@ class Prepared:
 
     def _eager(self, x: Tensor) -> bool:
         """Whether nobody is recording: no autograd, dispatch mode, functional transform or tracer."""
-        t = self.tensors
-        recorded = torch.is_grad_enabled() and (
-            x.requires_grad
-            or t.scale.requires_grad
-            or (t.radius is not None and t.radius.requires_grad)
-            or (t.angle is not None and t.angle.requires_grad)
-        )
-        return not recorded and unwatched((x,))
+        if torch.is_grad_enabled():
+            t = self.tensors
+            if (
+                x.requires_grad
+                or t.scale.requires_grad
+                or (t.radius is not None and t.radius.requires_grad)
+                or (t.angle is not None and t.angle.requires_grad)
+            ):
+                return False
+        return unobserved() and plain(x)
 
 
 def prepare(

@@ -16,9 +16,11 @@ from rbe.rotation import rotate, rotate_back
 
 # Rows of x up to which the fused product is at least as fast as decoding a band and calling the platform's GEMM
 # (benchmarks/crossover.py). Integer activations are always fused: their sums are exact, whatever the tier.
-FUSED_ROWS = {"portable": 8, "avx2": 8, "avx512": 48, "amx": 1 << 30}
-# Numbers of the one tile buffer of the many-rows path: 4 MB, inside the second-level caches of two cores.
+FUSED_ROWS = {"portable": 8, "avx2": 32, "avx512": 48, "amx": 1 << 30}
+# Numbers of the one tile buffer of the many-rows path: 4 MB, near the cores in their caches; but up to four
+# times as many where the matrix is so wide that bands would be narrow, because the GEMM reads all of x for every band.
 TILE = 1 << 20
+NARROW = 256
 
 TrellisMatrix = _cpu.TrellisMatrix
 set_tier = _cpu.set_tier
@@ -49,21 +51,24 @@ def matmul(matrix: _cpu.TrellisMatrix, spec: SeedSpec, x: Tensor, int8: bool) ->
     """The product of x (..., columns) with a matrix, (..., rows) in x's dtype."""
     rows, columns = spec.shape
     batch = x.numel() // columns
-    if x.dtype == torch.float64 and not int8:
+    dtype = x.dtype
+    if dtype == torch.float64 and not int8:
         return _many_rows(matrix, spec, x.reshape(-1, columns)).reshape(*x.shape[:-1], rows)
-    source = x.to(torch.float32).contiguous()
+    # Asking first is several times cheaper than a conversion that does nothing.
+    source = x if dtype is torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
     if int8 or batch <= FUSED_ROWS[tier()]:
         y = torch.empty(*x.shape[:-1], rows)
         matrix.matmul(source.data_ptr(), batch, y.data_ptr(), torch.get_num_threads(), int8)
     else:
         y = _many_rows(matrix, spec, source.reshape(-1, columns)).reshape(*x.shape[:-1], rows)
-    return y if x.dtype == torch.float32 else y.to(x.dtype)
+    return y if dtype is torch.float32 else y.to(dtype)
 
 
 def _bands(matrix: _cpu.TrellisMatrix, spec: SeedSpec, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Bands of rows of W~, transposed: (columns, width) each, in one buffer that the next band overwrites."""
     rows, columns = spec.shape
-    width = min(rows, max(16, TILE // columns // 16 * 16))
+    size = min(max(TILE, NARROW * columns), 4 * TILE)
+    width = min(rows, max(16, size // columns // 16 * 16))
     buffer = torch.empty(columns * width)
     for begin in range(0, rows, width):
         end = min(begin + width, rows)

@@ -7,6 +7,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# Every eager product asks these questions; a look-up through three modules takes longer than the answer.
+_ORDINARY = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_tracer = torch._C._get_tracing_state
+
 
 class Tensors(NamedTuple):
     """The tensors of one matrix.
@@ -27,20 +34,14 @@ class Tensors(NamedTuple):
 
 def plain(x: Tensor) -> bool:
     """Whether x is an ordinary CPU tensor with memory of its own."""
-    return (
-        type(x) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-        and x.device.type == "cpu"
-        and x.layout == torch.strided
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )
+    return type(x) in _ORDINARY and x.is_cpu and x.layout is torch.strided and not _wrapped(x)
+
+
+def unobserved() -> bool:
+    """Whether an eager call is seen by no dispatch mode, functional transform or tracer."""
+    return _modes() == 0 and _transforms() is None and _tracer() is None and forward_ad._current_level < 0
 
 
 def unwatched(values: Iterable[Any]) -> bool:
     """Whether an eager call with these arguments is seen by no dispatch mode, functional transform or tracer."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
-        and all(plain(v) for v in values if isinstance(v, Tensor))
-    )
+    return unobserved() and all(plain(v) for v in values if isinstance(v, Tensor))

@@ -10,7 +10,9 @@ from rbe.nn.linear import Linear
 from rbe.nn.norm import BatchNorm1d, BatchNorm2d, LayerNorm, RMSNorm, fold
 from rbe.nn.position import SeededEncoding, SinusoidalEncoding
 from rbe.nn.recurrent import GRU, LSTM
+from rbe.nn.rest import fold_norms, pack, round_rest, stored_bytes, unpack
 from rbe.nn.seeded import Seeded, SeededVector, set_activations
+from rbe.nn.stream import Stream, StreamConv2d, StreamLinear
 from rbe.nn.transformer import BlockCache, TransformerBlock, TransformerDecoder, TransformerEncoder
 
 __all__ = [
@@ -33,11 +35,19 @@ __all__ = [
     "SeededEncoding",
     "SeededVector",
     "SinusoidalEncoding",
+    "Stream",
+    "StreamConv2d",
+    "StreamLinear",
     "TransformerBlock",
     "TransformerDecoder",
     "TransformerEncoder",
     "convert_layer",
     "count",
     "fold",
+    "fold_norms",
+    "pack",
+    "round_rest",
     "set_activations",
+    "stored_bytes",
+    "unpack",
 ]

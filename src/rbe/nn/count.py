@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from rbe import formats
 from rbe.nn.seeded import Seeded
+from rbe.nn.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ def count(module: nn.Module) -> Count:
             beside = (part.row_scale, part.outlier_index, part.outlier_values)
             whole += here + 4 + sum(t.numel() * t.element_size() for t in beside if t is not None)
             stored = {name: tensor for name, tensor in stored.items() if name == "bias"}
+        elif isinstance(part, Stream):
+            weights, here = part.stored()
+            # The bias is in the stream; the scale is a float32.
+            matrix, vector = matrix + weights, vector + (part.shape[0] if part.bias else 0)
+            seeds, whole, stored = seeds + here, whole + here + 4, {}
         for tensor in stored.values():
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))

@@ -1,6 +1,6 @@
 """`LSTM` and `GRU`: every step multiplies by seeds, and no weight is stored."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Protocol, Self, Unpack
 
 import torch
@@ -13,23 +13,24 @@ from rbe.nn.linear import Linear
 from rbe.nn.options import Options, for_matrices
 
 States = tuple[Tensor, ...]
+Product = Callable[[Tensor], Tensor]
 
 
 class Cell(Protocol):
     """One step of some sequences."""
 
-    def __call__(self, inputs: Tensor, state: States, recurrent: Linear) -> States:
-        """The next states, from W_ih x + b_ih of the step, the states and the layer of W_hh."""
+    def __call__(self, inputs: Tensor, state: States, recurrent: Product) -> States:
+        """The next states, from W_ih x + b_ih of the step, the states and the product with W_hh."""
 
 
-def _lstm(inputs: Tensor, state: States, recurrent: Linear) -> States:
+def _lstm(inputs: Tensor, state: States, recurrent: Product) -> States:
     h, c = state
     i, f, g, o = (inputs + recurrent(h)).chunk(4, -1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
 
 
-def _gru(inputs: Tensor, state: States, recurrent: Linear) -> States:
+def _gru(inputs: Tensor, state: States, recurrent: Product) -> States:
     (h,) = state
     r_in, z_in, n_in = inputs.chunk(3, -1)
     r_h, z_h, n_h = recurrent(h).chunk(3, -1)
@@ -174,7 +175,7 @@ class Recurrent(nn.Module):
         Returns:
             outputs (sum(sizes), hidden_size) and the last states.
         """
-        recurrent, cell = self._part(f"hh{suffix}"), type(self).cell
+        recurrent, cell = self._part(f"hh{suffix}").held(), type(self).cell
         backwards = suffix.endswith("_reverse")
         steps = list(self._part(f"ih{suffix}")(x).split(list(sizes)))
         state = tuple(s[: sizes[-1]] for s in start) if backwards else start

@@ -321,7 +321,9 @@ class Seeded(nn.Module):
         if "code" in self.owner._buffers:
             self.code.copy_(code)
         else:
-            self.latent.copy_(self.latent.abs() * outer128.sign_bits(code, self.spec))
+            # A latent of 0 counts as +1, and -0 does too: it needs a size to turn.
+            size = self.latent.abs().clamp_min(torch.finfo(self.latent.dtype).tiny)
+            self.latent.copy_(size * outer128.sign_bits(code, self.spec))
 
     def _adopt(self, matrix: SeedMatrix) -> None:
         """Take over the tensors of an encoded matrix."""

@@ -1,22 +1,29 @@
 """`HybridAdam`: one optimizer for the points, the signs and everything else of a model with open seeds."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.adam import adam
 
 from rbe import disk
 from rbe.errors import RbeError
 from rbe.nn.seeded import Seeded
 from rbe.optim import transitions
+from rbe.optim.motion import METHODS, Method
 from rbe.optim.seeds import Points, points, wrap
 from rbe.optim.transitions import Outcome
+from rbe.search.blocks import Blocks
 
-Method = Literal["tangent", "riemannian", "polar"]
-METHODS: tuple[Method, ...] = ("tangent", "riemannian", "polar")
+# A beam search that the loss refuses is made again with so much more curvature, this often in all; after one that was
+# right it starts with less.
+_STEEPER, _FLATTER, _TRIES = 4.0, 0.5, 4
 
 
 class HybridAdam(Optimizer):
@@ -39,11 +46,14 @@ class HybridAdam(Optimizer):
       along a geodesic.
     * "polar": Adam on r and theta themselves, then clipped and wrapped, as the paper has it.
 
-    Parameter groups have a "role": "point", "latent" or "dense"; schedulers see them like any others.
+    The scale of a matrix moves by its logarithm: it is as small as weights are, and steps of the size of a learning
+    rate would throw it about, and with it the statistics of a norm behind it.
+
+    Parameter groups have a "role": "point", "latent", "scale" or "dense"; schedulers see them like any others.
 
     Args:
         model: its Seeded modules must be open where they are to be trained.
-        lr: learning rate of points.
+        lr: learning rate of points, and of the logarithms of scales.
         method: how points move.
         latent_lr, dense_lr: learning rates of latents and of everything else; lr when left out.
         betas, eps: as in Adam.
@@ -51,7 +61,8 @@ class HybridAdam(Optimizer):
         pull: lambda of the penalty lambda artanh(r)^2 on every point.
         latent_limit: latents are kept in [-limit, limit], so that a sign can turn again.
         clip_norm: longest gradient of all the seeds together; None does not clip.
-        seed: of the draws of `flip`.
+        clip_value: largest component of a point's gradient instead; the paper has 0.1.
+        seed: of the draws of `flip` and `beam`.
 
     Raises:
         RbeError: an argument out of range, or nothing to train.
@@ -73,6 +84,7 @@ class HybridAdam(Optimizer):
         pull: float = 0.0,
         latent_limit: float = 1.0,
         clip_norm: float | None = None,
+        clip_value: float | None = None,
         seed: int = 0,
     ) -> None:
         rates = {"lr": lr, "latent_lr": lr if latent_lr is None else latent_lr}
@@ -85,17 +97,24 @@ class HybridAdam(Optimizer):
             raise RbeError(f"HybridAdam: method {method!r} is not offered; choose one of {', '.join(METHODS)}")
         if not all(0 <= beta < 1 for beta in betas) or len(betas) != 2:
             raise RbeError(f"HybridAdam: betas are {betas}; give two numbers in [0, 1)")
-        if not latent_limit > 0 or (clip_norm is not None and not clip_norm > 0):
-            raise RbeError(f"HybridAdam: latent_limit {latent_limit} and clip_norm {clip_norm} must be positive")
+        limits = {"latent_limit": latent_limit, "clip_norm": clip_norm, "clip_value": clip_value}
+        for name, limit in limits.items():
+            if limit is not None and not limit > 0:
+                raise RbeError(f"HybridAdam: {name} is {limit}; it must be positive")
+        if clip_norm is not None and clip_value is not None:
+            raise RbeError("HybridAdam: clip_norm and clip_value are both given; components so clipped never reach it")
         self.model, self.method, self.pull = model, method, pull
-        self.latent_limit, self.clip_norm = latent_limit, clip_norm
+        self.latent_limit, self.clip_norm, self.clip_value = latent_limit, clip_norm, clip_value
         self.points: list[Points] = points(model)
         own = {id(p) for one in self.points for p in (one.radius, one.angle)}
         latents = [m.latent for m in _open(model) if "latent" in m._parameters]
-        dense = [p for p in model.parameters() if id(p) not in own | {id(p) for p in latents}]
+        scales = [m.scale for m in _open(model) if "scale" in m._parameters]
+        own |= {id(p) for p in (*latents, *scales)}
+        dense = [p for p in model.parameters() if id(p) not in own]
         groups = [
             {"role": "point", "lr": lr, "params": [p for one in self.points for p in (one.radius, one.angle)]},
             {"role": "latent", "lr": rates["latent_lr"], "params": latents},
+            {"role": "scale", "lr": lr, "params": scales},
             {"role": "dense", "lr": rates["dense_lr"], "weight_decay": weight_decay, "params": dense},
         ]
         groups = [group for group in groups if group["params"]]
@@ -118,19 +137,11 @@ class HybridAdam(Optimizer):
         factor = self._clipping()
         for group in self.param_groups:
             if group["role"] == "point":
-                for one in self.points:
-                    if one.radius.grad is not None and one.angle.grad is not None:
-                        self._move(one, group, factor)
-                continue
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if group["weight_decay"]:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                gradient = p.grad * factor if group["role"] == "latent" else p.grad
-                p.sub_(self._adam(self.state[p], gradient, group))
-                if group["role"] == "latent":
-                    p.clamp_(-self.latent_limit, self.latent_limit)
+                self._move_all(group, factor)
+            elif group["role"] == "scale":
+                self._stretch(group)
+            else:
+                self._descend(group, factor if group["role"] == "latent" else 1.0)
         return loss
 
     def flip(
@@ -181,25 +192,163 @@ class HybridAdam(Optimizer):
         modules = [m for m in _open(self.model) if m.spec.format != "packed64"]
         if not modules:
             raise RbeError("flip: no open layer has discrete bits; packed128 and outer128 have")
-        kept = {p: p.grad for group in self.param_groups for p in group["params"]}
-        self.zero_grad(set_to_none=True)
-        outcome, changed = transitions.flip(
-            modules,
-            closure,
+        propose = partial(
+            transitions.draw,
+            generator=self.generator,
+            fields=fields,
             share=share,
             temperature=temperature,
-            fields=fields,
-            tolerance=tolerance,
             variety=variety,
-            generator=self.generator,
         )
-        for p, grad in kept.items():
-            p.grad = grad
-        for module, mark in zip(modules, changed, strict=True):
-            for value in self.state.get(module.radius, {}).values():
-                if isinstance(value, Tensor):
-                    value[mark] = 0
+        return self._transit(modules, closure, lambda m, g: propose(m, g, free=self._free(m)), tolerance)
+
+    def beam(
+        self,
+        closure: Callable[[], Tensor],
+        *,
+        share: float = 0.05,
+        width: int = 16,
+        rounds: int = 4,
+        fields: Sequence[str] = (*transitions.FIELDS, "basis_sel"),
+        tolerance: float = 0.0,
+    ) -> Outcome:
+        """Change several bits of packed128 seeds together, by a beam search over their fields; dearer than `flip`.
+
+        >>> from rbe.nn import Linear
+        >>> model = Linear(32, 32, format="packed128")
+        >>> optimizer = HybridAdam(model)
+        >>> x = torch.randn(8, 32)
+        >>> outcome = optimizer.beam(lambda: model(x).square().mean(), share=1.0)
+        >>> outcome.accepted <= outcome.proposed, outcome.after <= outcome.before
+        (True, True)
+
+        A share of the seeds is drawn. Of each the `width` best codes are kept, all their one-bit neighbours scored by
+        the forecast of the loss, gradient and curvature, and the best of both go into the next round. As in `flip` the
+        loss of the same batch decides. What it refuses is searched anew with a larger curvature, for nearer codes, and
+        at last tried by halves, the largest forecast gain first. The curvature found is where the next call starts.
+        Adam starts anew at the seeds that changed.
+
+        Args:
+            closure: as in `flip`.
+            share: of the seeds that may change.
+            width: codes kept (K); rounds: the most bits that a code can differ in.
+            fields: of packed128 whose bits may turn.
+            tolerance: how much worse the loss may become.
+
+        Raises:
+            RbeError: no open layer is of packed128, or an argument is out of range.
+
+        Source: Poincare-ball learning, sections 4.3.2.3 and 4.3.3.
+        """
+        if not 0 < share <= 1 or width < 1 or rounds < 1 or not tolerance >= 0:
+            raise RbeError(
+                f"beam: share {share} is in (0, 1], width {width} and rounds {rounds} at least 1, tolerance "
+                f"{tolerance} 0 or more"
+            )
+        modules = [m for m in _open(self.model) if m.spec.format == "packed128"]
+        if not modules:
+            raise RbeError("beam: no open layer is of packed128, whose fields are searched; outer128 has flip()")
+
+        def curvature(module: Seeded, gradient: Blocks) -> float:
+            state = self.state[module.radius]
+            if not state.get("curvature"):
+                state["curvature"] = transitions.curvature(module, gradient.values)
+            return float(state["curvature"])
+
+        def rescale(factor: float) -> None:
+            for module in modules:
+                state = self.state[module.radius]
+                state["curvature"] = state.get("curvature", 0.0) * factor
+
+        def propose(module: Seeded, gradient: Blocks) -> transitions.Moves:
+            h = curvature(module, gradient)
+            return transitions.beam(
+                module, gradient, self.generator, fields=fields, share=share, width=width, rounds=rounds, h=h
+            )
+
+        outcome = self._transit(modules, closure, propose, tolerance, _TRIES, lambda: rescale(_STEEPER))
+        if outcome.accepted == outcome.proposed:
+            rescale(_FLATTER)
         return outcome
+
+    def hold(self, share: float) -> int:
+        """Fix this share of every layer's signs, those whose latents are largest; the rest goes on.
+
+        >>> from rbe.nn import Linear
+        >>> model = Linear(16, 16, format="outer128")
+        >>> HybridAdam(model).hold(0.25)
+        16
+
+        What is held stays held when the share grows; a smaller share lets go of the least certain. `flip` leaves it
+        alone too.
+
+        Args:
+            share: in [0, 1]; 0 lets all go.
+
+        Returns:
+            how many signs are held.
+
+        Raises:
+            RbeError: the share is out of range, or no layer has latents.
+
+        Source: in the way of MIRACLE, M. Havasi, R. Peharz, J. M. Hernandez-Lobato, arXiv 1810.00440: fix some, let
+        the rest make up for it.
+        """
+        latents = [p for group in self.param_groups if group["role"] == "latent" for p in group["params"]]
+        if not 0 <= share <= 1 or not latents:
+            raise RbeError(f"hold: share {share} must be in [0, 1], and the model needs open layers of outer128")
+        held = 0
+        for p in latents:
+            state, count = self._moments(p), round(share * p.numel())
+            certain = p.detach().abs()
+            if "free" in state:
+                certain = torch.where(state["free"] == 0, torch.inf, certain)
+            free = torch.ones_like(p)
+            free.view(-1)[certain.flatten().topk(count).indices] = 0
+            # Without gradient and without momentum a step of Adam is exactly 0.
+            state["free"] = free
+            state["mean"] *= free
+            held += count
+        return held
+
+    def _free(self, module: Seeded) -> Tensor | None:
+        """1 where a sign may turn, 0 where it is held; None where all may."""
+        latent = module._parameters.get("latent")
+        return None if latent is None else self.state.get(latent, {}).get("free")
+
+    def _transit(
+        self,
+        modules: list[Seeded],
+        closure: Callable[[], Tensor],
+        propose: Callable[[Seeded, Blocks], transitions.Moves],
+        tolerance: float,
+        tries: int = 1,
+        humbler: Callable[[], object] = lambda: None,
+    ) -> Outcome:
+        """Change bits; gradients and running statistics stay as they were, moments start anew where a code changed."""
+        with self._undisturbed():
+            outcome, changed = transitions.transit(modules, closure, propose, tolerance, tries, humbler)
+        for module, mark in zip(modules, changed, strict=True):
+            state = self.state.get(module.radius, {})
+            for name in ("mean", "square"):
+                if name in state:
+                    state[name][mark] = 0
+        return outcome
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Put gradients, and the buffers that a forward pass changes, back as they were."""
+        grads = {p: p.grad for group in self.param_groups for p in group["params"]}
+        own = {id(b) for m in self.model.modules() if isinstance(m, Seeded) for b in m._buffers.values()}
+        buffers = {b: b.clone() for b in self.model.buffers() if id(b) not in own}
+        self.zero_grad(set_to_none=True)
+        try:
+            yield
+        finally:
+            for p, grad in grads.items():
+                p.grad = grad
+            for b, value in buffers.items():
+                b.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """The state, that of the draws included."""
@@ -219,58 +368,123 @@ class HybridAdam(Optimizer):
         """The factor that brings the seeds' gradients down to the longest allowed."""
         if self.clip_norm is None:
             return 1.0
-        grads = [p.grad for g in self.param_groups if g["role"] != "dense" for p in g["params"] if p.grad is not None]
-        total = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
+        grads = [
+            p.grad
+            for g in self.param_groups
+            if g["role"] in ("point", "latent")
+            for p in g["params"]
+            if p.grad is not None
+        ]
+        total = float(nn.utils.get_total_norm(grads))
         return min(1.0, self.clip_norm / total) if total > 0 else 1.0
 
-    def _adam(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any], scalar: bool = False) -> Tensor:
-        """Adam's step for a gradient; with `scalar`, one second moment for each vector of the last side."""
+    def _moments(self, p: Tensor) -> dict[str, Any]:
+        """Adam's state of a latent or dense parameter."""
+        state: dict[str, Any] = self.state[p]
         if not state:
-            state["step"] = 0
-            state["mean"] = torch.zeros_like(gradient)
-            state["square"] = torch.zeros_like(gradient[..., :1] if scalar else gradient)
-        first, second = group["betas"]
-        state["step"] += 1
-        size = gradient.square().sum(-1, keepdim=True) if scalar else gradient.square()
-        state["mean"].lerp_(gradient, 1 - first)
-        state["square"].lerp_(size, 1 - second)
-        root = (state["square"] / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
-        step: Tensor = state["mean"] / root * (group["lr"] / (1 - first ** state["step"]))
-        return step
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
+        return state
 
-    def _move(self, one: Points, group: dict[str, Any], factor: float) -> None:
-        """One step of the points of a module."""
-        assert one.radius.grad is not None and one.angle.grad is not None
-        radius, angle = one.radius.double(), one.angle.double()
-        outward, around = one.radius.grad.double() * factor, one.angle.grad.double() * factor
+    def _descend(self, group: dict[str, Any], factor: float) -> None:
+        """One step of all latents, or of everything dense: torch's own Adam, fused over the tensors."""
+        moving = [p for p in group["params"] if p.grad is not None]
+        if not moving:
+            return
+        states = [self._moments(p) for p in moving]
+        grads = [p.grad if factor == 1.0 else p.grad * factor for p in moving]
+        grads = [g * state["free"] if "free" in state else g for g, state in zip(grads, states, strict=True)]
+        self._adam_all(moving, grads, states, group)
+        if group["role"] == "latent":
+            for p in moving:
+                p.clamp_(-self.latent_limit, self.latent_limit)
+
+    def _stretch(self, group: dict[str, Any]) -> None:
+        """One step of all scales: Adam on their logarithms."""
+        moving = [p for p in group["params"] if p.grad is not None]
+        if not moving:
+            return
+        moves = [torch.zeros_like(p) for p in moving]
+        grads = [p.grad * p for p in moving]
+        self._adam_all(moves, grads, [self._moments(p) for p in moving], group)
+        for p, move in zip(moving, moves, strict=True):
+            p.mul_(move.exp())
+
+    def _adam_all(
+        self, moving: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> None:
+        first, second = group["betas"]
+        adam(
+            moving,
+            grads,
+            [state["mean"] for state in states],
+            [state["square"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            decoupled_weight_decay=True,
+            amsgrad=False,
+            beta1=first,
+            beta2=second,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _move_all(self, group: dict[str, Any], factor: float) -> None:
+        """One step of the points, those of all modules side by side where limits and number of steps are the same."""
+        alike: dict[Any, list[Points]] = defaultdict(list)
+        for one in self.points:
+            if one.radius.grad is not None and one.angle.grad is not None:
+                step = self.state[one.radius].get("step", 0)
+                alike[one.least, one.most, one.radius.dtype, one.radius.device, step].append(one)
+        for some in alike.values():
+            self._move(some, group, factor)
+
+    def _move(self, some: list[Points], group: dict[str, Any], factor: float) -> None:
+        radius, angle = (torch.cat([getattr(one, n).flatten() for one in some]).double() for n in ("radius", "angle"))
+        outward = torch.cat([one.radius.grad.flatten() for one in some if one.radius.grad is not None]).double()
+        around = torch.cat([one.angle.grad.flatten() for one in some if one.angle.grad is not None]).double()
+        if factor != 1.0:
+            outward, around = outward * factor, around * factor
         if self.pull:
             outward = outward + 2 * self.pull * torch.atanh(radius) / disk.radial_gap(radius)
-        state = self.state[one.radius]
-        if self.method == "polar":
-            step = self._adam(state, torch.stack([outward, around], -1).to(one.radius.dtype), group)
-            radius, angle = radius - step[..., 0], angle - step[..., 1]
-        elif self.method == "tangent":
-            length = 2 * torch.atanh(radius)
-            # d length = 2 dr / (1 - r^2); across it the vector moves by length dtheta. The shortest vector has a finite
-            # derivative too: the one of a point a little farther out.
-            along, across = outward * disk.radial_gap(radius) / 2, around / length.clamp_min(LEAST_LENGTH)
-            v = _polar(length, angle) - self._adam(state, _turned(along, across, angle).float(), group)
-            length = v.norm(dim=-1)
-            radius, angle = torch.tanh(length / 2), torch.where(length > 0, torch.atan2(v[..., 1], v[..., 0]), angle)
-        else:
-            x = _polar(radius, angle)
-            slope = disk.riemannian_gradient(x, _turned(outward, around / radius.clamp_min(LEAST_LENGTH), angle))
-            # Measured by the metric, so that the second moment is a property of the point and not of its coordinates.
-            stretch = disk.conformal_factor(x)[..., None]
-            step = self._adam(state, (slope * stretch).float(), group, scalar=True) / stretch
-            x = disk.exp(x, -step)
-            radius, angle = disk.to_polar(x)
-        one.radius.copy_(radius.clamp(one.least, one.most))
-        one.angle.copy_(wrap(angle))
+        if self.clip_value is not None:
+            outward, around = (g.clamp(-self.clip_value, self.clip_value) for g in (outward, around))
+        states = [self.state[one.radius] for one in some]
 
+        def step(gradient: Tensor, together: bool) -> Tensor:
+            return self._adam(some, states, gradient.to(some[0].radius.dtype), group, together)
 
-# Vectors shorter than this take the direction of an angle's derivative as if they were this long.
-LEAST_LENGTH = 1e-6
+        radius, angle = METHODS[self.method](radius, angle, outward, around, step)
+        sizes = [one.radius.numel() for one in some]
+        parts = radius.clamp(some[0].least, some[0].most).split(sizes), wrap(angle).split(sizes)  # type: ignore[no-untyped-call]
+        for one, r, theta in zip(some, *parts, strict=True):
+            one.radius.copy_(r.view_as(one.radius))
+            one.angle.copy_(theta.view_as(one.angle))
+
+    def _adam(
+        self, some: list[Points], states: list[dict[str, Any]], gradient: Tensor, group: dict[str, Any], together: bool
+    ) -> Tensor:
+        """Adam's step for the gradients (n, 2) of some modules; together, one second moment for both components."""
+        size = gradient.square().sum(-1, keepdim=True) if together else gradient.square()
+        for one, state in zip(some, states, strict=True):
+            if "mean" not in state:
+                state["step"] = 0
+                state["mean"] = gradient.new_zeros((*one.radius.shape, 2))
+                state["square"] = size.new_zeros((*one.radius.shape, size.shape[-1]))
+            state["step"] += 1
+        first, second = group["betas"]
+        count, moments = states[0]["step"], []
+        for name, new, beta in (("mean", gradient, first), ("square", size, second)):
+            moment = torch.cat([state[name].flatten(0, -2) for state in states]).lerp_(new, 1 - beta)
+            parts = moment.split([one.radius.numel() for one in some])  # type: ignore[no-untyped-call]
+            for state, part in zip(states, parts, strict=True):
+                state[name].copy_(part.view_as(state[name]))
+            moments.append(moment)
+        mean, root = moments[0], moments[1].div_(1 - second**count).sqrt_().add_(group["eps"])
+        return mean.div_(root).mul_(group["lr"] / (1 - first**count))
 
 
 def _open(model: nn.Module) -> Iterator[Seeded]:
@@ -278,13 +492,3 @@ def _open(model: nn.Module) -> Iterator[Seeded]:
     for module in model.modules():
         if isinstance(module, Seeded) and module.owner is module and module.trainable:
             yield module
-
-
-def _polar(length: Tensor, angle: Tensor) -> Tensor:
-    return torch.stack([length * angle.cos(), length * angle.sin()], -1)
-
-
-def _turned(along: Tensor, across: Tensor, angle: Tensor) -> Tensor:
-    """The vector with these components along the direction of an angle, and across it."""
-    cos, sin = angle.cos(), angle.sin()
-    return torch.stack([along * cos - across * sin, along * sin + across * cos], -1)

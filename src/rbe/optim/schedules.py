@@ -78,3 +78,37 @@ class PowerDecay:
     def __call__(self, t: int) -> float:
         """The factor at epoch or step t, from 0."""
         return float((self.start / (self.start + t)) ** self.exponent)
+
+
+@dataclass(frozen=True)
+class Cooling:
+    """start / (1 + slope t): the temperature of state transitions.
+
+    >>> temperature = Cooling()
+    >>> temperature(0), temperature(10)
+    (0.1, 0.05)
+
+    The printed temperature starts at 1, the printed beta = 1 / T is 10; the default start is its inverse. For the decay
+    by a constant factor an epoch, decay^epoch of rates and cool^epoch of transitions with cool < decay, there is
+    `WarmupDecay(0, decay, 1.0)`.
+
+    Args:
+        start: temperature at 0.
+        slope: 0 is constant.
+
+    Raises:
+        RbeError: an argument out of range.
+
+    Source: Poincare-ball learning, sections 4.3.2.2 and 4.5.3.
+    """
+
+    start: float = 0.1
+    slope: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (0 < self.start < math.inf and 0 <= self.slope < math.inf):
+            raise RbeError(f"{self}: start is positive, slope 0 or more")
+
+    def __call__(self, t: float) -> float:
+        """The temperature at epoch t, from 0."""
+        return self.start / (1.0 + self.slope * t)

@@ -1,4 +1,10 @@
-"""Discrete bits by state transitions: scores for all one-bit neighbours, a draw, and the real loss to decide."""
+"""Discrete bits by state transitions and by beam search: a forecast proposes, and the real loss decides.
+
+Both look at the gradient by the dense weights, G, and at a curvature h: turning a block's weights from W to W' changes
+the loss by about <G, W' - W> + h/2 |W' - W|^2. First order alone would always prefer the largest change.
+
+Source: 003 sections 4.3.2 and 4.3.3, in the readings of docs/conformance.md.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,20 +19,29 @@ from rbe import formats
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec, outer128, packed128
 from rbe.nn.seeded import Seeded
+from rbe.optim.penalties import entropy_changes
 from rbe.rotation import rotate
+from rbe.search.beam import beam as search_beam
+from rbe.search.blocks import Blocks, cut
+from rbe.search.refine import Problem
 
 FIELDS = ("quadrant", "hyp_freq", "geo_amp")
 # Rejected proposals are tried again by halves, this often: one bad turn must not undo all good ones.
 HALVINGS = 3
 _CHUNK = 1 << 22
+# Blocks of a beam search at a time: each has hundreds of states, each with a profile over the block's rings.
+_BEAM_BLOCKS = 256
+
+# Seeds whose bits shall turn, as flat indices (n,), and the masks of these bits (n,).
+Moves = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one call of `flip` did.
+    """What one call of `flip` or `beam` did.
 
     Attributes:
-        proposed, accepted: bits turned in the trial, and kept.
+        proposed, accepted: seeds changed in the trial, and kept; `flip` turns one bit of each.
         before, after: the loss of the batch without and with what was kept.
     """
 
@@ -67,15 +82,15 @@ def _add(total: Tensor, gradient: Tensor) -> None:
     total += gradient
 
 
-def _gradients(modules: Sequence[Seeded], closure: Callable[[], Tensor]) -> tuple[float, list[Tensor]]:
-    """The loss, and its gradient by every module's blocks (blocks, h, w) of unscaled weights."""
+def _gradients(modules: Sequence[Seeded], closure: Callable[[], Tensor]) -> tuple[float, list[Blocks]]:
+    """The loss, and its gradient by every module's blocks of unscaled weights."""
     sums = [torch.zeros(m.spec.shape) for m in modules]
     with ExitStack() as stack, torch.enable_grad():
         for module, total in zip(modules, sums, strict=True):
             stack.enter_context(module.listening(partial(_add, total)))
         loss = closure()
         if loss.ndim or not loss.requires_grad:
-            raise RbeError("flip: the closure must return the loss of the batch, one number with a gradient")
+            raise RbeError("the closure must return the loss of the batch, one number with a gradient")
         loss.backward()  # type: ignore[no-untyped-call]
     blocks = []
     for module, total in zip(modules, sums, strict=True):
@@ -86,11 +101,22 @@ def _gradients(modules: Sequence[Seeded], closure: Callable[[], Tensor]) -> tupl
         total = rotate(rotate(total, spec.rotation[1]).T, spec.rotation[0]).T * module.scale.detach()
         if module.row_scale is not None:
             total = total * module.row_scale.float()[:, None]
-        (height, width), (rows, columns) = spec.block_shape, spec.shape
-        padded = torch.nn.functional.pad(total, (0, spec.padded[1] - columns, 0, spec.padded[0] - rows))
-        grid = padded.reshape(spec.grid[0], height, spec.grid[1], width)
-        blocks.append(grid.transpose(1, 2).reshape(-1, height, width))
+        blocks.append(cut(total, spec))
     return _agreed(loss.detach()), blocks
+
+
+def _repeatable(closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The closure with the same random numbers at every call: dropout must not decide which bits are better."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    state, states = torch.get_rng_state(), [torch.cuda.get_rng_state(k) for k in devices]
+
+    def again() -> Tensor:
+        torch.set_rng_state(state)
+        for k, one in zip(devices, states, strict=True):
+            torch.cuda.set_rng_state(one, k)
+        return closure()
+
+    return again
 
 
 def _agreed(loss: Tensor) -> float:
@@ -102,21 +128,27 @@ def _agreed(loss: Tensor) -> float:
     return float(loss)
 
 
-def _scores(module: Seeded, chosen: Tensor, gradient: Tensor, masks: Tensor) -> Tensor:
-    """Forecast of the change of the loss by each neighbour of the chosen seeds: (chosen, neighbours).
+def _weights(module: Seeded) -> Tensor:
+    """Unscaled weights of an open module, (blocks, h, w)."""
+    made = formats.disk(module.spec.format).values
+    return made(module.read_code(), module.radius.detach(), module.angle.detach(), module.spec)
 
-    First order alone would always prefer the largest change. The curvature added is that of a loss for which a step of
-    the size of the weights, against the gradient, is the best one.
-    """
+
+def curvature(module: Seeded, gradient: Tensor) -> float:
+    """Of a loss for which a step of the size of the weights, against the gradient, is the best one."""
+    size = _weights(module).norm()
+    return float(gradient.norm() / size) if size > 0 else 0.0
+
+
+def _scores(module: Seeded, chosen: Tensor, gradient: Tensor, masks: Tensor) -> Tensor:
+    """Forecast of the change of the loss by each neighbour of the chosen seeds: (chosen, neighbours)."""
     spec, disk = module.spec, formats.disk(module.spec.format)
     one = formats.make_spec(spec.format, spec.block_shape, block=spec.block, mode=spec.mode)
     block, stage = chosen // spec.stages, chosen % spec.stages
     code = module.read_code()[block, stage]
     radius, angle = module.radius.detach()[block, stage], module.angle.detach()[block, stage]
     now = disk.values(code[:, None], radius[:, None], angle[:, None], one)
-    weights = disk.values(module.read_code(), module.radius.detach(), module.angle.detach(), spec)
-    size = weights.norm()
-    curvature = gradient.norm() / size if size > 0 else size
+    h = curvature(module, gradient)
     height, width = spec.block_shape
     step = max(1, _CHUNK // (height * width * len(masks)))
     found = []
@@ -126,50 +158,41 @@ def _scores(module: Seeded, chosen: Tensor, gradient: Tensor, masks: Tensor) -> 
         r, theta = (p[part, None].expand(-1, len(masks)).reshape(-1, 1) for p in (radius, angle))
         change = disk.values(turned, r, theta, one).reshape(-1, len(masks), height, width) - now[part, None]
         slope = (change * gradient[block[part]][:, None]).sum((2, 3))
-        found.append(slope + curvature / 2 * change.square().sum((2, 3)))
+        found.append(slope + h / 2 * change.square().sum((2, 3)))
     return torch.cat(found)
 
 
-def _variety(code: Tensor) -> Tensor:
-    """Change of the entropy of the quadrants, in nats, by turning each quadrant to each other: (4, 4)."""
-    counts = torch.bincount(packed128.fields(code)["quadrant"].flatten(), minlength=4).double()
-
-    def entropy(n: Tensor) -> Tensor:
-        p = n / n.sum()
-        return -torch.xlogy(p, p).sum()
-
-    change = torch.zeros(4, 4, dtype=torch.float64)
-    for a in range(4):
-        for b in range(4):
-            if a != b and counts[a] > 0:
-                moved = counts.clone()
-                moved[a] -= 1
-                moved[b] += 1
-                change[a, b] = entropy(moved) - entropy(counts)
-    return change
+def _pick(module: Seeded, share: float, generator: torch.Generator) -> Tensor:
+    """A share of the seeds of a module, as flat indices."""
+    return (torch.rand(module.spec.blocks * module.spec.stages, generator=generator) < share).nonzero()[:, 0]
 
 
-def _draw(
+def draw(
     module: Seeded,
-    gradient: Tensor,
+    gradient: Blocks,
+    generator: torch.Generator,
+    *,
     fields: Sequence[str],
     share: float,
     temperature: float,
     variety: float,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Seeds whose bits shall turn, as flat indices (n,), and the masks of these bits (n,)."""
+    free: Tensor | None,
+) -> Moves:
+    """A state transition for a share of the seeds: one bit, or none.
+
+    Args:
+        free: of formats with signs, (blocks, stages, 64), 0 where a sign is held.
+    """
     spec = module.spec
-    picked = torch.rand(spec.blocks * spec.stages, generator=generator) < share
-    chosen = picked.nonzero()[:, 0]
-    masks = neighbours(spec, fields)
+    chosen, masks = _pick(module, share, generator), neighbours(spec, fields)
     if not len(chosen):
         return chosen, chosen
-    scores = _scores(module, chosen, gradient, masks).double()
+    slopes = gradient.values.reshape(-1, *spec.block_shape)
+    scores = _scores(module, chosen, slopes, masks).double()
     if variety and spec.format == "packed128":
         code = module.read_code()
         mine = code.flatten()[chosen]
-        table = _variety(code)
+        table = entropy_changes(code)
         quadrants = packed128.fields(mine[:, None] ^ masks)["quadrant"]
         scores = scores - variety * table[packed128.fields(mine)["quadrant"][:, None], quadrants]
     size = scores.square().mean().sqrt()
@@ -177,62 +200,103 @@ def _draw(
         return chosen[:0], chosen[:0]
     # Staying has the score 0; scores are measured in their own size, so that a temperature means the same everywhere.
     logits = torch.cat([torch.zeros(len(chosen), 1, dtype=torch.float64), -scores / (size * temperature)], 1)
+    if free is not None:
+        held = outer128.code_of(torch.where(free.reshape(-1, 64)[chosen] == 0, 1.0, -1.0), spec)
+        logits[:, 1:] = torch.where((held[:, None] & masks) != 0, -torch.inf, logits[:, 1:])
     drawn = torch.multinomial(torch.softmax(logits, 1), 1, generator=generator)[:, 0]
     moves = drawn > 0
     return chosen[moves], masks[drawn[moves] - 1]
 
 
-def flip(
+def beam(
+    module: Seeded,
+    gradient: Blocks,
+    generator: torch.Generator,
+    *,
+    fields: Sequence[str],
+    share: float,
+    width: int,
+    rounds: int,
+    h: float,
+) -> Moves:
+    """The best code that a beam search finds for a share of the seeds, the largest forecast gain first.
+
+    The forecast is h/2 |W' - (W - G/h)|^2 and a constant: a search by `rbe.search.beam` for the block W - G/h.
+    """
+    spec = module.spec
+    chosen = _pick(module, share, generator)
+    if not len(chosen) or not 0 < h < math.inf:
+        return chosen[:0], chosen[:0]
+    one = formats.make_spec(spec.format, spec.shape, block=spec.block, mode=spec.mode)
+    masks, gains = [], []
+    for some in chosen.split(_BEAM_BLOCKS):  # type: ignore[no-untyped-call]
+        block = some // spec.stages
+        code = module.read_code().flatten()[some, None]
+        radius, angle = (p.detach().flatten()[some, None].double() for p in (module.radius, module.angle))
+        part = Blocks(one, gradient.values, gradient.kind, gradient.masks).part(block)
+        now = packed128.values(code, radius, angle, one).flatten(1)
+        wanted = (now - part.values.double() / h) * part.exists
+        problem = Problem(part.with_values(wanted), code)
+        found, loss = search_beam(problem, radius, angle, width, rounds, fields)
+        masks.append((found ^ code)[:, 0])
+        gains.append((problem.loss(radius, angle) - loss) * problem.energy())
+    mask, order = torch.cat(masks), torch.cat(gains).argsort(descending=True, stable=True)
+    order = order[mask[order] != 0]
+    return chosen[order], mask[order]
+
+
+def transit(
     modules: Sequence[Seeded],
     closure: Callable[[], Tensor],
-    *,
-    share: float,
-    temperature: float,
-    fields: Sequence[str],
+    propose: Callable[[Seeded, Blocks], Moves],
     tolerance: float,
-    variety: float,
-    generator: torch.Generator,
+    tries: int = 1,
+    humbler: Callable[[], object] = lambda: None,
 ) -> tuple[Outcome, list[Tensor]]:
-    """Propose turned bits in all modules together, and keep them where the loss of the same batch agrees.
+    """Change discrete bits in all modules together, and keep the changes where the loss of the same batch agrees.
+
+    Args:
+        propose: what to try in a module, from the gradient by its blocks.
+        tries: proposals that may be refused; the last one is tried by halves too.
+        humbler: called after a refusal, before `propose` is asked again.
 
     Returns:
         what happened, and per module a bool (blocks, stages) of the seeds that changed.
     """
+    closure = _repeatable(closure)
     before, gradients = _gradients(modules, closure)
-    moves = [
-        _draw(m, g, fields, share, temperature, variety, generator) for m, g in zip(modules, gradients, strict=True)
-    ]
     old = [m.read_code().clone() for m in modules]
-    changed = [torch.zeros(m.spec.blocks, m.spec.stages, dtype=torch.bool) for m in modules]
-    proposed = sum(len(seeds) for seeds, _ in moves)
-    kept, best = 0, before
+    proposed, kept, best = 0, 0, before
 
-    def trial(lo: float, hi: float) -> list[tuple[Tensor, Tensor]]:
-        return [tuple(part[int(lo * len(part)) : int(hi * len(part))] for part in move) for move in moves]  # type: ignore[misc]
-
-    def attempt(lo: float, hi: float, depth: int) -> None:
+    def attempt(moves: list[Moves], lo: float, hi: float, halvings: int) -> None:
         nonlocal kept, best
-        some = trial(lo, hi)
+        some = [tuple(part[int(lo * len(part)) : int(hi * len(part))] for part in move) for move in moves]
         if not any(len(seeds) for seeds, _ in some):
             return
         start = [m.read_code().clone() for m in modules]
-        for module, (seeds, masks) in zip(modules, some, strict=True):
-            code = module.read_code().clone()
-            flat = code.view(-1)
+        for module, code, (seeds, masks) in zip(modules, start, some, strict=True):
+            turned = code.clone()
+            flat = turned.view(-1)
             flat[seeds] = flat[seeds] ^ masks
-            module.write_code(code)
+            module.write_code(turned)
         with torch.no_grad():
             loss = _agreed(closure().detach())
-        if math.isfinite(loss) and loss <= best + tolerance:
+        # What one half of the changes may cost, the other half may not once more.
+        if math.isfinite(loss) and loss <= min(best, before) + tolerance:
             best, kept = loss, kept + sum(len(seeds) for seeds, _ in some)
             return
         for module, code in zip(modules, start, strict=True):
             module.write_code(code)
-        if depth < HALVINGS:
-            attempt(lo, (lo + hi) / 2, depth + 1)
-            attempt((lo + hi) / 2, hi, depth + 1)
+        if halvings:
+            attempt(moves, lo, (lo + hi) / 2, halvings - 1)
+            attempt(moves, (lo + hi) / 2, hi, halvings - 1)
 
-    attempt(0.0, 1.0, 0)
-    for module, code, mark in zip(modules, old, changed, strict=True):
-        mark |= module.read_code() != code
+    for k in range(tries):
+        moves = [propose(module, gradient) for module, gradient in zip(modules, gradients, strict=True)]
+        proposed = sum(len(seeds) for seeds, _ in moves)
+        attempt(moves, 0.0, 1.0, HALVINGS if k + 1 == tries else 0)
+        if kept or not proposed:
+            break
+        humbler()
+    changed = [module.read_code() != code for module, code in zip(modules, old, strict=True)]
     return Outcome(proposed, kept, before, best), changed

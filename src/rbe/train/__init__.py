@@ -1,6 +1,9 @@
 """Training networks of seeds from a configuration file: data, model, recipe, run."""
 
-from rbe.train.config import Config, load_config
-from rbe.train.run import Progress, Result, load, train
+from rbe.train.budget import Share
+from rbe.train.config import Config
+from rbe.train.reading import load_config
+from rbe.train.run import Epoch, Progress, Result, train
+from rbe.train.store import load
 
-__all__ = ["Config", "Progress", "Result", "load", "load_config", "train"]
+__all__ = ["Config", "Epoch", "Progress", "Result", "Share", "load", "load_config", "train"]

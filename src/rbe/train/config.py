@@ -1,31 +1,36 @@
-"""What a training run is: a frozen value, read from a TOML file."""
+"""What a training run is: a frozen value, made of a section for each of its parts."""
 
 import dataclasses
-import difflib
-import tomllib
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Self, TypeVar
-
-from rbe.errors import RbeError
-
-T = TypeVar("T")
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
 class Data:
-    """Images with labels.
+    """What is learned from; relative paths are looked up below the configuration's folder and below RBE_DATA.
 
     Attributes:
-        path: an .npz file with x_train, y_train, x_test, y_test, uint8 images (n, h, w[, channels]); relative paths are
-            looked up below the configuration's folder and below RBE_DATA.
-        validation: the last images of the training set, on which a run is stopped and chosen; never trained on.
-        shift: training images are moved by up to this many pixels, every batch anew.
+        path: images: an .npz file with x_train, y_train, x_test, y_test, uint8 images (n, h, w[, channels]), or with
+            data, offsets, labels, joined JPEG streams of which the last sixth is the test set. characters: a text file.
+            translation: a folder with {train,val,test_2016_flickr}.{de,en}.txt. language: a folder with {train,valid,
+            test}.txt.
+        task: "images", "characters", "translation" or "language".
+        validation: images: the last of the training set, on which a run is stopped and chosen; never trained on.
+        shift: training images are moved by up to this many pixels, every batch anew; flip: half of them are mirrored.
+        length: characters, language: symbols of a window; translation: most subwords of a sentence that is trained on.
+        tokenizer: language: a folder with the tokenizer.json to use.
     """
 
     path: str
+    task: str = "images"
     validation: int = 5000
     shift: int = 0
+    flip: bool = False
+    length: int = 128
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,45 @@ class Model:
     """A network.
 
     Attributes:
-        kind: "mlp" or "lenet5".
+        kind: "mlp", "lenet5" or "resnet20" for images, "lstm" for characters, "transformer" for translation, "gpt" for
+            language.
         widths: of a mlp's layers, input and output included; of LeNet-5 (filters, filters, units, classes).
-        norm: "batch" or "none", after every layer but the last.
+        norm: "batch" or "none", after every layer of a mlp or LeNet-5 but the last.
+        width: resnet20: how many times as wide as the published one.
+        vocabulary: number of symbols.
+        layers: of lstm and gpt; of the encoder, and as many of the decoder, of a transformer.
+        size: units of a lstm, features of a transformer; heads: of its attention; inner: of its feed-forward network.
+        dropout: of embeddings and of what layers return.
+        start: gpt: folder of a GPT-2 model of transformers with whose dense tensors it starts.
     """
 
     kind: str = "mlp"
     widths: tuple[int, ...] = (784, 256, 128, 10)
     norm: str = "batch"
+    width: int = 1
+    vocabulary: int = 0
+    layers: int = 2
+    size: int = 256
+    heads: int = 4
+    inner: int = 1024
+    dropout: float = 0.0
+    start: str | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the matrices of some names are made of; what is left out is as for all.
+
+    Attributes:
+        pattern: shell pattern of a matrix's name, as in the plan that a run prints; the last that matches decides.
+        format: "dense", or as in `Seeds`.
+        block, stages: as in `Seeds`.
+    """
+
+    pattern: str
+    format: str | None = None
+    block: int | None = None
+    stages: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,10 +84,16 @@ class Seeds:
     """What the weight matrices are made of.
 
     Attributes:
-        format: "outer128", "packed128", "packed64", or "dense" for the reference.
+        format: "outer128", "packed128", "packed64", "stream", or "dense" for the reference.
         block, mode, stages: as in `rbe.formats.make_spec`.
         blocks: a block edge for each matrix in turn, in place of `block`.
         bias: True (dense), False or "seed".
+        layer: exceptions by name.
+        bytes: seeds of all matrices together; block edges are then chosen by measured sensitivity. 0: as given. For
+            stream they must be given, and training keeps to them.
+        rows: stream: rows of each matrix in turn that may have weights; the others are 0 from the start, and cost no
+            time. Empty: all.
+        spread: stream: scale at the start, see `rbe.nn.StreamLinear`.
     """
 
     format: str = "outer128"
@@ -60,6 +102,23 @@ class Seeds:
     stages: int = 1
     blocks: tuple[int, ...] = ()
     bias: bool | str = True
+    layer: tuple[Layer, ...] = ()
+    bytes: int = 0
+    rows: tuple[int, ...] = ()
+    spread: float = 2.0
+
+    def of(self, name: str, number: int) -> "Seeds":
+        """What a matrix is made of, by its name and its place among all."""
+        mine = replace(self, block=self.blocks[number]) if self.blocks else self
+        for layer in self.layer:
+            if fnmatchcase(name, layer.pattern):
+                given = {k: v for k, v in dataclasses.asdict(layer).items() if k != "pattern" and v is not None}
+                mine = replace(mine, **given)
+        return mine
+
+    def planned(self, blocks: Mapping[str, int]) -> "Seeds":
+        """The same with a block edge for each of these matrices."""
+        return replace(self, layer=(*self.layer, *(Layer(name, block=edge) for name, edge in blocks.items())))
 
 
 @dataclass(frozen=True)
@@ -67,33 +126,45 @@ class Recipe:
     """How it is trained.
 
     Attributes:
-        epochs, batch: passes over the training set, images a step.
+        epochs: passes over the training set; 0 measures a network that has a [model] start.
+        batch: images, windows or sentences a step.
+        steps: of an epoch, where it should be less than a pass; 0 is a whole pass.
         lr: highest learning rate of points and dense parameters; one cycle up and down to 0.
-        latent_lr: highest learning rate of latents; lr when left out.
+        latent_lr, dense_lr: highest learning rates of latents, and of dense parameters; lr when left out.
         method: how points move, see `rbe.optim.HybridAdam`.
         weight_decay, pull, clip_norm: as in `HybridAdam`.
+        clip: longest gradient of all parameters together, 0 for any length.
+        smoothing: share of the target that is spread over all classes.
         flip_every: steps between state transitions; 0 is none. The last quarter of the run has none.
         flip_share, flip_temperature: at the beginning; both fall as the paper has it.
-        teacher: folder of a dense run whose outputs are learned too; relative to the configuration.
+        teacher: folder of a dense run whose outputs are learned too; relative to the configuration. For language also
+            the folder of a model of transformers.
         softness, weight: temperature and share of the teacher's outputs in the loss.
-        patience: epochs without a better validation accuracy after which a run ends; 0 never.
+        rest_bits: 16 or 8 fold batch norms into the layers and store what is left beside the seeds so, see
+            `rbe.nn.pack`; 32 leaves it as it is.
+        patience: epochs without a better validation metric after which a run ends; 0 never.
         seed, threads: of random numbers; of torch, 0 being its own choice.
     """
 
     epochs: int = 40
     batch: int = 256
+    steps: int = 0
     lr: float = 1e-2
     latent_lr: float | None = None
+    dense_lr: float | None = None
     method: str = "tangent"
     weight_decay: float = 0.0
     pull: float = 0.0
     clip_norm: float | None = None
+    clip: float = 0.0
+    smoothing: float = 0.0
     flip_every: int = 0
     flip_share: float = 0.05
     flip_temperature: float = 0.1
     teacher: str | None = None
     softness: float = 4.0
     weight: float = 0.9
+    rest_bits: int = 32
     patience: int = 0
     seed: int = 0
     threads: int = 0
@@ -124,110 +195,12 @@ class Config:
     def from_json(cls, about: dict[str, Any]) -> Self:
         """The inverse of `to_json`."""
         made: dict[str, Any] = {}
-        for key, kind in _PARTS.items():
-            made[key] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in about[key].items()})
+        for key, kind in PARTS.items():
+            part = {k: tuple(v) if isinstance(v, list) else v for k, v in about[key].items()}
+            if key == "seeds":
+                part["layer"] = tuple(Layer(**layer) for layer in part.get("layer", ()))
+            made[key] = kind(**part)
         return cls(about["name"], **made)
 
 
-_PARTS: dict[str, Any] = {"data": Data, "model": Model, "seeds": Seeds, "train": Recipe}
-
-
-def load_config(path: str | Path) -> Config:
-    """Read a configuration.
-
-    >>> import tempfile
-    >>> text = "[data]\\npath = 'mnist.npz'\\n[seeds]\\nblock = 32\\n"
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = (Path(folder) / "small.toml").write_text(text)
-    ...     config = load_config(Path(folder) / "small.toml")
-    >>> config.name, config.seeds.block, config.model.widths
-    ('small', 32, (784, 256, 128, 10))
-
-    Raises:
-        RbeError: the file cannot be read, is no TOML, or has a name or value that means nothing.
-    """
-    path = Path(path)
-    try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as cause:
-        raise RbeError(f"train: {path} cannot be read ({cause.strerror or cause}); give a TOML file") from cause
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
-        raise RbeError(f"train: {path} is no TOML: {cause}") from cause
-    _refuse_unknown(path, "", given, {"name", *_PARTS})
-    if "path" not in given.get("data", {}):
-        raise RbeError(f"train: {path} has no [data] path; name an .npz file with x_train, y_train, x_test and y_test")
-    made: dict[str, Any] = {key: _read(path, key, given.get(key, {}), kind) for key, kind in _PARTS.items()}
-    config = Config(given.get("name", path.stem), folder=path.parent, **made)
-    _check(path, config)
-    return config
-
-
-def _refuse_unknown(path: Path, section: str, given: dict[str, Any], known: set[str]) -> None:
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
-            raise RbeError(f"train: {path}: {section}{name} is not known; {hint}")
-
-
-def _read(path: Path, section: str, given: Any, kind: type[T]) -> T:
-    if not isinstance(given, dict):
-        raise RbeError(f"train: {path}: [{section}] must be a table")
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    _refuse_unknown(path, f"[{section}] ", given, set(fields))
-    values = {}
-    for name, value in given.items():
-        if isinstance(value, list):
-            value = tuple(value)
-        values[name] = _typed(f"train: {path}: [{section}] {name}", value, _annotation(fields[name].type))
-    return kind(**values)
-
-
-def _annotation(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and "[" not in str(kind) else str(kind)
-
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "bool": (bool,),
-    "None": (),
-}
-
-
-def _typed(what: str, value: Any, annotation: str) -> Any:
-    """The value, if it has a type of the annotation; a whole number may stand for any number."""
-    if annotation.startswith("tuple"):
-        if isinstance(value, tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-            return value
-        raise RbeError(f"{what} is {value!r}; it must be a list of whole numbers")
-    names = [part.strip() for part in annotation.split("|")]
-    allowed = tuple(t for name in names for t in _TYPES[name])
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        raise RbeError(f"{what} is {value!r}; it must be {' or '.join(n for n in names if n != 'None')}")
-    return float(value) if "float" in names and isinstance(value, int) else value
-
-
-def _check(path: Path, config: Config) -> None:
-    recipe, model = config.train, config.model
-    positive = {"epochs": recipe.epochs, "batch": recipe.batch, "softness": recipe.softness}
-    for name, number in positive.items():
-        if number <= 0:
-            raise RbeError(f"train: {path}: [train] {name} is {number}; it must be positive")
-    choices: list[tuple[str, str, tuple[str, ...]]] = [
-        ("[model] kind", model.kind, ("mlp", "lenet5")),
-        ("[model] norm", model.norm, ("batch", "none")),
-    ]
-    formats = ("outer128", "packed128", "packed64", "dense")
-    choices += [("[seeds] format", config.seeds.format, formats)]
-    for what, value, known in choices:
-        if value not in known:
-            raise RbeError(f"train: {path}: {what} is {value!r}; choose one of {', '.join(known)}")
-    if model.kind == "mlp" and len(model.widths) < 2:
-        raise RbeError(f"train: {path}: [model] widths {list(model.widths)} are no network; give input and output")
-    if model.kind == "lenet5" and len(model.widths) != 4:
-        raise RbeError(f"train: {path}: [model] widths of lenet5 are two numbers of filters, units and classes")
-    matrices = 4 if model.kind == "lenet5" else len(model.widths) - 1
-    if config.seeds.blocks and len(config.seeds.blocks) != matrices:
-        raise RbeError(f"train: {path}: [seeds] blocks has {len(config.seeds.blocks)} entries for {matrices} matrices")
+PARTS: dict[str, Any] = {"data": Data, "model": Model, "seeds": Seeds, "train": Recipe}

@@ -1,8 +1,10 @@
 """Images with labels from an .npz file, normalised, and split into training, validation and test."""
 
-import os
+import io
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +12,12 @@ from torch import Tensor
 
 from rbe.errors import RbeError
 from rbe.train.config import Config
+from rbe.train.reading import find
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
+STREAMS = ("data", "offsets", "labels")
+# Of a file of JPEG streams, which has no split of its own: as in CIFAR-10, 10,000 images of 60,000.
+TEST_SHARE = 6
 
 
 @dataclass(frozen=True)
@@ -28,39 +34,22 @@ class Images:
     black: float
 
 
-def find(config: Config) -> Path:
-    """The data file: as given, below the configuration's folder, or below RBE_DATA.
-
-    Raises:
-        RbeError: it is in none of these places.
-    """
-    name = Path(config.data.path)
-    places = [config.folder / name]
-    if "RBE_DATA" in os.environ:
-        places.append(Path(os.environ["RBE_DATA"]) / name)
-    for place in places:
-        if place.is_file():
-            return place
-    tried = ", ".join(map(str, places))
-    raise RbeError(
-        f"train: there is no data file {name} (tried {tried}); put it there, give a full path, or set RBE_DATA to the "
-        "folder that holds it"
-    )
-
-
 def load(config: Config) -> Images:
     """Read and normalise; mean and deviation are those of the images that are trained on.
 
     Raises:
         RbeError: the file is damaged or holds something else, or too few images for the validation asked for.
     """
-    path = find(config)
+    path = find(config, config.data.path)
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in KEYS if key not in file]
-            if missing:
-                raise RbeError(f"train: {path} has no {', '.join(missing)}; it must have {', '.join(KEYS)}")
-            arrays = {key: file[key] for key in KEYS}
+            if set(STREAMS) <= set(file):
+                arrays: dict[str, Any] = _decode(path, *(file[key] for key in STREAMS))
+            else:
+                missing = [key for key in KEYS if key not in file]
+                if missing:
+                    raise RbeError(f"train: {path} has no {', '.join(missing)}; it must have {', '.join(KEYS)}")
+                arrays = {key: file[key] for key in KEYS}
     except (OSError, ValueError) as cause:
         raise RbeError(f"train: {path} cannot be read as .npz ({cause})") from cause
     parts: dict[str, tuple[Tensor, Tensor]] = {}
@@ -80,6 +69,21 @@ def load(config: Config) -> Images:
     return Images((x[:-held], y[:-held]), (x[-held:], y[-held:]), (test, parts["test"][1]), float(-mean / deviation))
 
 
+def _decode(path: Path, streams: Any, offsets: Any, labels: Any) -> dict[str, Any]:
+    """Arrays of a file of JPEG streams; the training images are shuffled, because such files are sorted by class."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise RbeError("train: JPEG images need Pillow; install it with: pip install 'rbe[train]'") from None
+    if len(offsets) != len(labels) + 1 or (np.diff(offsets) < 0).any() or offsets[-1] != streams.size:
+        raise RbeError(f"train: {path}: offsets do not cut data into as many streams as there are labels")
+    cuts = itertools.pairwise(offsets)
+    x = np.stack([np.asarray(Image.open(io.BytesIO(streams[a:b].tobytes())).convert("RGB")) for a, b in cuts])
+    first = len(x) - len(x) // TEST_SHARE
+    order = np.random.default_rng(0).permutation(first)
+    return {"x_train": x[order], "y_train": labels[order], "x_test": x[first:], "y_test": labels[first:]}
+
+
 def shifted(x: Tensor, most: int, black: float, generator: torch.Generator) -> Tensor:
     """A batch (n, channels, h, w), every image moved by up to `most` pixels each way."""
     if not most:
@@ -91,3 +95,9 @@ def shifted(x: Tensor, most: int, black: float, generator: torch.Generator) -> T
     columns = (right[:, None] + torch.arange(width))[:, None, None, :]
     every = torch.arange(n)[:, None, None, None], torch.arange(x.shape[1])[None, :, None, None]
     return wide[every[0], every[1], rows, columns]
+
+
+def flipped(x: Tensor, generator: torch.Generator) -> Tensor:
+    """A batch (n, channels, h, w), half of its images mirrored."""
+    mirrored = torch.rand(len(x), generator=generator) < 0.5
+    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,47 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rbe.errors import RbeError
-from rbe.nn import Seeded
-from rbe.optim import HybridAdam, PowerDecay
-from rbe.train import data, networks
+from rbe.nn import round_rest, stored_bytes
+from rbe.optim import HybridAdam, PowerDecay, StreamAdam
+from rbe.train import budget, networks, store
+from rbe.train.budget import Share
+from rbe.train.characters import Characters
 from rbe.train.config import Config
-from rbe.train.data import Images
+from rbe.train.images import Pictures, accuracy
+from rbe.train.language import Language
+from rbe.train.store import CHECKPOINT, RESULT, WEIGHTS, Build, load
+from rbe.train.task import NOTHING, Batch, Task
+from rbe.train.translation import Translation
 
-CHECKPOINT = "checkpoint.pt"
-RESULT = "result.json"
-WEIGHTS = "model.pt"
+__all__ = ["CHECKPOINT", "RESULT", "WEIGHTS", "Build", "Epoch", "Progress", "Result", "accuracy", "load", "train"]
+
 # After this share of the steps discrete bits stay: the rest polishes what they are.
 SETTLED = 0.75
+# Batches of training examples that the statistics of batch norms are taken from, after every epoch.
+NORM_BATCHES = 40
+
+TASKS: dict[str, type[Task]] = {
+    "images": Pictures,
+    "characters": Characters,
+    "translation": Translation,
+    "language": Language,
+}
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch came to.
+
+    Attributes:
+        loss: mean over the epoch; validation: the metric after it.
+        turned: share of the signs that differ from those at the beginning; None where there are none.
+        rates: learning rates at its end, by role.
+    """
+
+    loss: float
+    validation: float
+    turned: float | None
+    rates: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -33,8 +64,10 @@ class Progress:
     Attributes:
         epoch, epochs: done, and in all.
         loss: mean over the epoch.
-        validation: accuracy after it, in [0, 1]; best: so far.
+        validation: the metric after it, accuracy in [0, 1]; best: so far.
         seconds: of all sessions of this run; left: forecast.
+        metric: its name.
+        history: of all epochs.
     """
 
     epoch: int
@@ -44,6 +77,8 @@ class Progress:
     best: float
     seconds: float
     left: float
+    metric: str
+    history: tuple[Epoch, ...]
 
 
 @dataclass(frozen=True)
@@ -52,18 +87,21 @@ class Result:
 
     Attributes:
         name: of the run.
-        accuracy: on the test split, in [0, 1], of the epoch that was best on validation.
-        validation: accuracy there.
+        metric: "accuracy" in [0, 1], "bits_per_character", "bleu" or "perplexity".
+        value: of the metric on the test split, of the epoch that was best on validation.
+        validation: the metric there.
         epoch: the best one.
         weights: of the matrices.
         seed_bytes, bytes: of the seeds; of everything that is stored.
         ratio: 4 weights / seed_bytes, against float32; whole_ratio: the same with all bytes on both sides.
         seconds: of training.
-        curve: validation accuracy by epoch.
+        curve: the validation metric by epoch.
+        plan: what each matrix got, where a number of bytes was divided.
     """
 
     name: str
-    accuracy: float
+    metric: str
+    value: float
     validation: float
     epoch: int
     weights: int
@@ -73,10 +111,28 @@ class Result:
     whole_ratio: float
     seconds: float
     curve: tuple[float, ...]
+    plan: tuple[Share, ...] = ()
+
+    @property
+    def accuracy(self) -> float:
+        """The value, for runs whose metric is accuracy."""
+        return self.value
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {**asdict(self), "curve": list(self.curve)}
+        """JSON-ready; the metric stands also under its own name."""
+        return {
+            **asdict(self),
+            "curve": list(self.curve),
+            "plan": [asdict(s) for s in self.plan],
+            self.metric: self.value,
+        }
+
+    @classmethod
+    def from_json(cls, about: dict[str, Any]) -> "Result":
+        """The inverse of `to_json`."""
+        known = {k: v for k, v in about.items() if k in cls.__dataclass_fields__}
+        plan = tuple(Share(**share) for share in known.pop("plan", ()))
+        return cls(**{**known, "curve": tuple(known["curve"]), "plan": plan})
 
 
 def train(
@@ -84,85 +140,105 @@ def train(
     out: str | Path,
     tell: Callable[[Progress], object] | None = None,
     restart: bool = False,
+    build: Build = networks.build,
+    planned: Callable[[tuple[Share, ...]], object] | None = None,
 ) -> Result:
     """Train a network, or go on where an interrupted run of the same configuration stood.
 
     Args:
-        config: the run.
+        config: the run; its name tells apart what was built differently.
         out: folder for checkpoint, result and the trained model (frozen seeds, `model.pt`, a state dict).
         tell: called after every epoch.
         restart: throw away what is in the folder.
+        build: makes the network in place of `networks.build`, for layers that are no seeds; a layer of its own kind
+            has a method `stored`, see `networks.sizes`.
+        planned: called with what each matrix gets, where the configuration has a number of bytes to divide.
 
     Raises:
         RbeError: the data or the teacher are not there, the folder holds another run, or the loss is no number.
     """
     out = Path(out)
     identity = json.dumps(config.to_json(), sort_keys=True)
-    saved = None if restart else _resume(out, identity)
-    if (out / RESULT).is_file() and saved is None and not restart and _same(out, identity):
-        known = json.loads((out / RESULT).read_text())["result"]
-        return Result(**{**known, "curve": tuple(known["curve"])})
+    saved = None if restart else store.resume(out, identity)
+    if saved is None and not restart and (known := store.finished(out, identity)) is not None:
+        return Result.from_json(known)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    teacher = None if config.train.teacher is None else load(config.folder / config.train.teacher)
-    images = data.load(config)
+    task = TASKS[config.data.task](config)
+    teacher = _teacher(config, task)
+    shares: tuple[Share, ...] = ()
+    if config.seeds.bytes and config.seeds.format != "stream":
+        shares = budget.plan(config, task, teacher) if saved is None else tuple(Share(**s) for s in saved["plan"])
+        if planned is not None:
+            planned(shares)
     torch.manual_seed(config.train.seed)
-    model = networks.build(config)
-    run = _Run(config, images, model, teacher)
+    model = build(store.with_blocks(config, {s.name: s.edge for s in shares}))
+    task.begin(model)
+    run = _Run(config, task, model, teacher, shares)
     if saved is not None:
         run.restore(saved)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
         raise RbeError(f"train: {out} cannot be made ({cause.strerror}); choose another folder") from cause
+    if not config.train.epochs:
+        run.judge(0.0)
     while not run.done:
         run.epoch()
-        _write(out / CHECKPOINT, lambda path: torch.save({"identity": identity, **run.state()}, path))
+        store.write(out / CHECKPOINT, lambda path: torch.save({"identity": identity, **run.state()}, path))
         if tell is not None:
             tell(run.progress)
     return _finish(run, out, identity)
 
 
+def _teacher(config: Config, task: Task) -> nn.Module | None:
+    if config.train.teacher is None:
+        return None
+    place = config.folder / config.train.teacher
+    if isinstance(task, Language) and not (place / RESULT).exists():
+        return task.foreign_teacher(config.train.teacher)
+    return load(place)
+
+
 class _Run:
     """Everything that changes while a network is trained."""
 
-    def __init__(self, config: Config, images: Images, model: nn.Module, teacher: nn.Module | None) -> None:
+    def __init__(
+        self, config: Config, task: Task, model: nn.Module, teacher: nn.Module | None, plan: tuple[Share, ...]
+    ) -> None:
         recipe = config.train
-        self.config, self.images, self.model, self.teacher = config, images, model, teacher
-        self.optimizer = HybridAdam(
-            model,
-            recipe.lr,
-            method=recipe.method,  # type: ignore[arg-type]
-            latent_lr=recipe.latent_lr,
-            weight_decay=recipe.weight_decay,
-            pull=recipe.pull,
-            clip_norm=recipe.clip_norm,
-            seed=recipe.seed,
-        )
-        self.steps = max(1, len(images.train[0]) // recipe.batch)
+        self.config, self.task, self.model, self.teacher, self.plan = config, task, model, teacher, plan
+        self.steps = task.steps
+        self.optimizer = _optimizer(config, model, recipe.epochs * task.steps)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, rates, total_steps=recipe.epochs * self.steps, cycle_momentum=False
+            self.optimizer, rates, total_steps=max(1, recipe.epochs) * self.steps, cycle_momentum=False
         )
         self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.curve: list[float] = []
-        self.losses: list[float] = []
+        self.history: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
         self.best_epoch = -1
         self.seconds = 0.0
+        self.signs = _signs(model)
+
+    @property
+    def curve(self) -> list[float]:
+        return [epoch.validation for epoch in self.history]
 
     @property
     def done(self) -> bool:
         recipe = self.config.train
-        waited = len(self.curve) - 1 - self.best_epoch
-        return len(self.curve) >= recipe.epochs or bool(recipe.patience and self.curve and waited >= recipe.patience)
+        waited = len(self.history) - 1 - self.best_epoch
+        return len(self.history) >= recipe.epochs or bool(recipe.patience and self.best and waited >= recipe.patience)
 
     @property
     def progress(self) -> Progress:
-        done, epochs = len(self.curve), self.config.train.epochs
+        done, epochs = len(self.history), self.config.train.epochs
         left = self.seconds / done * (epochs - done)
-        best = self.curve[self.best_epoch]
-        return Progress(done, epochs, self.losses[-1], self.curve[-1], best, self.seconds, left)
+        best, last = self.curve[self.best_epoch], self.history[-1]
+        return Progress(
+            done, epochs, last.loss, last.validation, best, self.seconds, left, self.task.metric, tuple(self.history)
+        )
 
     def state(self) -> dict[str, Any]:
         return {
@@ -171,8 +247,9 @@ class _Run:
             "schedule": self.schedule.state_dict(),
             "generator": self.generator.get_state(),
             "torch": torch.get_rng_state(),
-            "curve": self.curve,
-            "losses": self.losses,
+            "history": [asdict(epoch) for epoch in self.history],
+            "signs": self.signs,
+            "plan": [share.to_json() for share in self.plan],
             "best": self.best,
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
@@ -184,50 +261,83 @@ class _Run:
         self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch"])
-        self.curve, self.losses, self.best = state["curve"], state["losses"], state["best"]
+        self.history = [Epoch(**epoch) for epoch in state["history"]]
+        self.signs, self.best = state["signs"], state["best"]
         self.best_epoch, self.seconds = state["best_epoch"], state["seconds"]
 
     def epoch(self) -> None:
-        """One pass over the training images, then validation."""
+        """One pass over the training examples, then validation."""
         recipe, began = self.config.train, time.monotonic()
-        x, y = self.images.train
-        order = torch.randperm(len(x), generator=self.generator)
         self.model.train()
         total = 0.0
-        for k in range(self.steps):
-            chosen = order[k * recipe.batch : (k + 1) * recipe.batch]
-            batch = data.shifted(x[chosen], self.config.data.shift, self.images.black, self.generator)
-            labels = y[chosen]
+        for k, batch in enumerate(islice(self.task.batches(self.generator), self.steps)):
             hints = None
             if self.teacher is not None:
                 with torch.no_grad():
-                    hints = functional.softmax(self.teacher(batch) / recipe.softness, 1)
+                    hints = functional.softmax(self.teacher(*batch.inputs).flatten(0, -2) / recipe.softness, 1)
 
-            def loss(batch: Tensor = batch, labels: Tensor = labels, hints: Tensor | None = hints) -> Tensor:
-                return self.loss(batch, labels, hints)
+            def loss(batch: Batch = batch, hints: Tensor | None = hints) -> Tensor:
+                return self.loss(batch, hints)
 
             self.optimizer.zero_grad()
             value = loss()
             value.backward()  # type: ignore[no-untyped-call]
+            if recipe.clip:
+                nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
             self.optimizer.step()
             self.schedule.step()
             total += value.item()
-            self._flip(len(self.curve) * self.steps + k, loss)
+            self._flip(len(self.history) * self.steps + k, loss)
         if not math.isfinite(total):
-            raise RbeError(f"train: the loss of epoch {len(self.curve) + 1} is no number; lower [train] lr")
-        self.losses.append(total / self.steps)
-        self.curve.append(accuracy(self.model, *self.images.validation))
-        if self.best_epoch < 0 or self.curve[-1] > self.curve[self.best_epoch]:
-            self.best_epoch = len(self.curve) - 1
-            self.best = {name: value.clone() for name, value in self.model.state_dict().items()}
+            raise RbeError(f"train: the loss of epoch {len(self.history) + 1} is no number; lower [train] lr")
+        self.judge(total / self.steps)
         self.seconds += time.monotonic() - began
 
-    def loss(self, batch: Tensor, labels: Tensor, hints: Tensor | None) -> Tensor:
-        out = self.model(batch)
-        loss = functional.cross_entropy(out, labels)
+    def judge(self, loss: float) -> None:
+        """Validate, and keep the network if none was better."""
+        rates = {group["role"]: float(group["lr"]) for group in self.optimizer.param_groups}
+        # Only networks that keep to their bytes are candidates.
+        fits = not isinstance(self.optimizer, StreamAdam) or self.optimizer.settle()
+        if self.config.train.epochs:
+            self._measure_norms()
+        value = self.task.measure(self.model, "validation")
+        self.history.append(Epoch(loss, value, _turned(self.model, self.signs), rates))
+        best = self.curve[self.best_epoch]
+        if fits and (self.best_epoch < 0 or (value > best if self.task.rises else value < best)):
+            self.best_epoch = len(self.history) - 1
+            self.best = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    @torch.no_grad()
+    def _measure_norms(self) -> None:
+        """Statistics of batch norms for the weights as they are now.
+
+        Running means lag some steps behind, in which many signs turn: with them validation measures a network that
+        never was.
+        """
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in norms if m.track_running_stats]
+        if not norms:
+            return
+        momenta = [m.momentum for m in norms]
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None  # the plain mean over what follows
+        self.model.train()
+        generator = torch.Generator().manual_seed(len(self.history))
+        for batch in islice(self.task.batches(generator), NORM_BATCHES):
+            self.model(*batch.inputs)
+        for m, momentum in zip(norms, momenta, strict=True):
+            m.momentum = momentum
+
+    def loss(self, batch: Batch, hints: Tensor | None) -> Tensor:
+        recipe = self.config.train
+        out, targets = self.model(*batch.inputs).flatten(0, -2), batch.targets.flatten()
+        loss = functional.cross_entropy(out, targets, ignore_index=NOTHING, label_smoothing=recipe.smoothing)
         if hints is None:
             return loss
-        recipe = self.config.train
+        there = targets != NOTHING
+        if not bool(there.all()):
+            out, hints = out[there], hints[there]
         soft = functional.cross_entropy(out / recipe.softness, hints) * recipe.softness**2
         return (1 - recipe.weight) * loss + recipe.weight * soft
 
@@ -237,94 +347,60 @@ class _Run:
         if not recipe.flip_every or step % recipe.flip_every or step >= last:
             return
         share = recipe.flip_share * PowerDecay(start=max(1.0, last / 3), exponent=2.0)(step)
-        temperature = recipe.flip_temperature / (1 + 0.1 * len(self.curve))
+        temperature = recipe.flip_temperature / (1 + 0.1 * len(self.history))
+        assert isinstance(self.optimizer, HybridAdam)
         self.optimizer.flip(loss, share=max(share, 1e-6), temperature=temperature)
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch: int = 1000) -> float:
-    """Share of images whose largest output is their label."""
-    training = model.training
-    model.eval()
-    parts = zip(torch.split(x, batch), torch.split(y, batch), strict=True)
-    right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in parts)
-    model.train(training)
-    return right / len(x)
+def _optimizer(config: Config, model: nn.Module, steps: int) -> HybridAdam | StreamAdam:
+    recipe = config.train
+    if config.seeds.format == "stream":
+        lr = recipe.lr if recipe.latent_lr is None else recipe.latent_lr
+        return StreamAdam(model, config.seeds.bytes, steps, lr, dense_lr=recipe.dense_lr or lr / 10)
+    return HybridAdam(
+        model,
+        recipe.lr,
+        method=recipe.method,  # type: ignore[arg-type]
+        latent_lr=recipe.latent_lr,
+        dense_lr=recipe.dense_lr,
+        weight_decay=recipe.weight_decay,
+        pull=recipe.pull,
+        clip_norm=recipe.clip_norm,
+        seed=recipe.seed,
+    )
 
 
-def load(folder: str | Path) -> nn.Module:
-    """The trained network of a finished run, with frozen seeds, in evaluation mode.
-
-    Raises:
-        RbeError: the folder holds no finished run.
-    """
-    folder = Path(folder)
-    try:
-        about = json.loads((folder / RESULT).read_text())["config"]
-        state = torch.load(folder / WEIGHTS, weights_only=True)
-    except (OSError, KeyError, ValueError) as cause:
-        raise RbeError(
-            f"train: there is no finished run in {folder} ({cause}); train it first: rbe train CONFIG --out {folder}"
-        ) from cause
-    model = networks.build(Config.from_json(about))
-    for module in model.modules():
-        if isinstance(module, Seeded):
-            module.freeze()
-    model.load_state_dict(state)
-    return model.eval().requires_grad_(False)
+def _signs(model: nn.Module) -> dict[str, Tensor]:
+    """The signs of every layer that trains them."""
+    latents = {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "latent"}
+    return {name: p.detach() >= 0 for name, p in latents.items()}
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Under its name only when it is whole."""
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        part.replace(path)
-    except OSError as cause:
-        raise RbeError(
-            f"train: {path} cannot be written ({cause.strerror or cause}); free space or choose --out"
-        ) from cause
-
-
-def _same(out: Path, identity: str) -> bool:
-    try:
-        return json.dumps(json.loads((out / RESULT).read_text())["config"], sort_keys=True) == identity
-    except (OSError, KeyError, ValueError):
-        return False
-
-
-def _resume(out: Path, identity: str) -> dict[str, Any] | None:
-    """The checkpoint of an interrupted run of this configuration."""
-    path = out / CHECKPOINT
-    if not path.exists():
-        if (out / RESULT).is_file() and not _same(out, identity):
-            raise RbeError(f"train: {out} holds another run; choose another --out, or --restart to throw it away")
-        return None
-    try:
-        saved: dict[str, Any] = torch.load(path, weights_only=True)
-    except Exception as cause:  # torch raises many kinds for a damaged file
-        raise RbeError(f"train: the checkpoint {path} is damaged ({cause}); start anew with --restart") from cause
-    if saved.get("identity") != identity:
-        raise RbeError(
-            f"train: {path} is of another configuration; choose another --out, or --restart to throw it away"
-        )
-    return saved
+def _turned(model: nn.Module, before: dict[str, Tensor]) -> float | None:
+    """Share of the signs that are others now."""
+    count = sum(signs.numel() for signs in before.values())
+    now = _signs(model)
+    return sum(int((now[name] != signs).sum()) for name, signs in before.items()) / count if count else None
 
 
 def _finish(run: _Run, out: Path, identity: str) -> Result:
     """Freeze the best epoch, test it once, and write everything."""
     run.model.load_state_dict(run.best)
-    for module in run.model.modules():
-        if isinstance(module, Seeded):
-            module.freeze()
-    sizes = networks.sizes(run.model)
+    store.freeze(run.model)
+    rest_bits = run.config.train.rest_bits
+    sizes, validation, stored = networks.sizes(run.model), run.curve[run.best_epoch], run.model.state_dict()
+    if rest_bits < 32:
+        stored = round_rest(run.model, rest_bits)
+        sizes["bytes"] = stored_bytes(stored)
+        validation = run.task.measure(run.model, "validation")
     dense = 4 * sizes["weights"]
     rest = sizes["bytes"] - sizes["seed_bytes"]
     result = Result(
         name=run.config.name,
-        accuracy=accuracy(run.model, *run.images.test),
-        validation=run.curve[run.best_epoch],
-        epoch=run.best_epoch + 1,
+        metric=run.task.metric,
+        value=run.task.measure(run.model, "test"),
+        validation=validation,
+        epoch=run.best_epoch + 1 if run.config.train.epochs else 0,
         weights=sizes["weights"],
         seed_bytes=sizes["seed_bytes"],
         bytes=sizes["bytes"],
@@ -332,9 +408,10 @@ def _finish(run: _Run, out: Path, identity: str) -> Result:
         whole_ratio=(dense + rest) / sizes["bytes"],
         seconds=run.seconds,
         curve=tuple(run.curve),
+        plan=run.plan,
     )
-    _write(out / WEIGHTS, lambda path: torch.save(run.model.state_dict(), path))
+    store.write(out / WEIGHTS, lambda path: torch.save(stored, path))
     text = json.dumps({"config": json.loads(identity), "result": result.to_json()}, indent=1)
-    _write(out / RESULT, lambda path: path.write_text(text + "\n"))
+    store.write(out / RESULT, lambda path: path.write_text(text + "\n"))
     (out / CHECKPOINT).unlink(missing_ok=True)
     return result

@@ -113,8 +113,8 @@ struct Shape : Tables {
             if (radius_values.empty() || r > static_cast<double>(radius_values.back()) + 1e-6)
                 radius_values.push_back(static_cast<float>(r));
         const Floats distinct = radius_values;
-        classes = std::max(2 * LANES, static_cast<int>(distinct.size() + LANES - 1) / LANES * LANES);
-        radius_values.resize(static_cast<size_t>(classes), 0.0f);
+        classes = std::max(24, static_cast<int>(distinct.size() + 7) / 8 * 8);  // 22 radii in registers of eight
+        radius_values.resize(static_cast<size_t>(classes + LANES), 0.0f);
         class_values.assign(cells, 0);
         wave_values.assign(FREQUENCIES * 2 * cells, 0.0f);
         for (int64_t i = 0; i < pairs; i++)
@@ -143,7 +143,7 @@ struct Prepared {
         records = static_cast<Record*>(scratch_records.get(static_cast<size_t>(n + 32 * p.parts()) * sizeof(Record)));
         t.records(p, first, count, records);
         if (p.kind != RADIAL || !p.tables) return;
-        const size_t bytes = static_cast<size_t>(n * p.tables->classes) * sizeof(float);
+        const size_t bytes = static_cast<size_t>(n * p.tables->classes + LANES) * sizeof(float);  // vectors may overhang
         profile = static_cast<float*>(scratch_profiles.get(bytes));
         if (differentiate) slopes = static_cast<float*>(scratch_slopes.get(bytes));
         t.profiles(*p.tables, records, n, profile, slopes);

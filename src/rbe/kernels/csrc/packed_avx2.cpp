@@ -1,4 +1,4 @@
-// AVX2 and FMA: the compiler makes two registers of a vector.
+// AVX2 and FMA: vectors of eight floats.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -9,39 +9,48 @@
 
 namespace rbe {
 namespace {
-typedef float VF __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t VI __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float VF __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t VI __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
-inline VF join(__m256 low, __m256 high) {
-    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
-
-inline VF lookup(const float* table, int, VI at) {
-    const __m256i* index = reinterpret_cast<const __m256i*>(&at);
-    return join(_mm256_i32gather_ps(table, _mm256_loadu_si256(index), 4),
-                _mm256_i32gather_ps(table, _mm256_loadu_si256(index + 1), 4));
+// Up to 24 entries are three registers; a gather costs several times as much.
+inline VF lookup(const float* table, int classes, VI at) {
+    const __m256i index = reinterpret_cast<__m256i>(at);
+    if (classes > 24) return reinterpret_cast<VF>(_mm256_i32gather_ps(table, index, 4));
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+    const __m256 middle = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 16), index);
+    const __m256 some = _mm256_blendv_ps(low, middle, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+    return reinterpret_cast<VF>(_mm256_blendv_ps(some, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 27))));
 }
 
 // HALF floats, over and over.
 template <int HALF>
 inline VF spread(const float* from) {
-    if (HALF == 16) return join(_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8));
-    const __m256 all = HALF == 8   ? _mm256_loadu_ps(from)
-                       : HALF == 4 ? _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from))
-                       : HALF == 2 ? _mm256_setr_ps(from[0], from[1], from[0], from[1], from[0], from[1], from[0], from[1])
-                                   : _mm256_broadcast_ss(from);
-    return join(all, all);
+    if (HALF == 8) return reinterpret_cast<VF>(_mm256_loadu_ps(from));
+    if (HALF == 4) return reinterpret_cast<VF>(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(from)));
+    if (HALF == 2) {
+        double both;
+        std::memcpy(&both, from, 8);
+        return reinterpret_cast<VF>(_mm256_set1_pd(both));
+    }
+    return reinterpret_cast<VF>(_mm256_broadcast_ss(from));
+}
+
+inline Four fold(VF v) {
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
 }
 
 inline void hold(VF&) {}
 
 inline VF reciprocal(VF x) { return 1.0f / x; }
 
-// What the registers hold: vectors of one row of x, and vectors and rows of a product of many.
-constexpr int VECTORS = 1, TOGETHER = 1, BATCH = 2;
+// What the registers hold: vectors of one row of x, vectors and rows of a product of many, rows of y.
+constexpr int VECTORS = 4, TOGETHER = 2, BATCH = 3, BACK = 4;
 
 #include "packed_tier.h"
 #include "packed_product.h"
+#include "packed_backward.h"
 }  // namespace
 
 const PackedTier& packed_avx2() {

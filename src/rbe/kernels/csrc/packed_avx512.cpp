@@ -11,6 +11,7 @@ namespace rbe {
 namespace {
 typedef float VF __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t VI __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
 inline VF lookup(const float* table, int classes, VI at) {
     const __m512i index = reinterpret_cast<__m512i>(at);
@@ -32,6 +33,11 @@ inline VF spread(const float* from) {
     return reinterpret_cast<VF>(_mm512_set1_ps(*from));
 }
 
+inline Four fold(VF v) {
+    return (__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 8, 9, 10, 11)) +
+           (__builtin_shufflevector(v, v, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 12, 13, 14, 15));
+}
+
 // Keeps a vector in its register: the compiler would load it again for every use.
 inline void hold(VF& v) { __asm__("" : "+v"(v)); }
 
@@ -41,11 +47,12 @@ inline VF reciprocal(VF x) {
     return near * (2.0f - x * near);
 }
 
-// What the registers hold: vectors of one row of x, and vectors and rows of a product of many.
-constexpr int VECTORS = 4, TOGETHER = 2, BATCH = 6;
+// What the registers hold: vectors of one row of x, vectors and rows of a product of many, rows of y.
+constexpr int VECTORS = 4, TOGETHER = 2, BATCH = 6, BACK = 8;
 
 #include "packed_tier.h"
 #include "packed_product.h"
+#include "packed_backward.h"
 }  // namespace
 
 const PackedTier& packed_avx512() {

@@ -1,4 +1,4 @@
-// Plain C++: the compiler maps vectors to what the processor has (SSE2, NEON).
+// Plain C++ with vectors of four floats: what SSE2 and NEON have, and what a compiler can do without them.
 #include <algorithm>
 #include <cstdlib>
 #include <type_traits>
@@ -7,12 +7,13 @@
 
 namespace rbe {
 namespace {
-typedef float VF __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t VI __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float VF __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t VI __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
 inline VF lookup(const float* table, int, VI at) {
     VF out;
-    for (int k = 0; k < LANES; k++) out[k] = table[at[k]];
+    for (int k = 0; k < 4; k++) out[k] = table[at[k]];
     return out;
 }
 
@@ -20,19 +21,22 @@ inline VF lookup(const float* table, int, VI at) {
 template <int HALF>
 inline VF spread(const float* from) {
     VF out;
-    for (int k = 0; k < LANES; k++) out[k] = from[k % HALF];
+    for (int k = 0; k < 4; k++) out[k] = from[k % HALF];
     return out;
 }
+
+inline Four fold(VF v) { return v; }
 
 inline void hold(VF&) {}
 
 inline VF reciprocal(VF x) { return 1.0f / x; }
 
-// What the registers hold: vectors of one row of x, and vectors and rows of a product of many.
-constexpr int VECTORS = 1, TOGETHER = 1, BATCH = 1;
+// What the registers hold: vectors of one row of x, vectors and rows of a product of many, rows of y.
+constexpr int VECTORS = 4, TOGETHER = 2, BATCH = 2, BACK = 4;
 
 #include "packed_tier.h"
 #include "packed_product.h"
+#include "packed_backward.h"
 }  // namespace
 
 const PackedTier& packed_portable() {

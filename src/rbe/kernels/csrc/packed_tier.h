@@ -1,20 +1,16 @@
 // The packed kernels, compiled once a tier. Included inside an anonymous namespace after <algorithm>, packed.h and the
-// tier's own `lookup` and `spread`. Vectors have sixteen floats on every tier; the compiler cuts them where it must.
+// tier's own `lookup`, `spread` and `fold`. A vector is one register: a wider one would live in memory.
 #pragma once
 
-constexpr int64_t W = LANES;
+constexpr int64_t W = sizeof(VF) / sizeof(float);
+static_assert(LANES % W == 0);
 
 inline VF load(const float* p) { return *reinterpret_cast<const VF*>(p); }
 inline void store(float* p, VF v) { *reinterpret_cast<VF*>(p) = v; }
 inline VF splat(float x) { return VF{} + x; }
 inline VI loadi(const int32_t* p) { return *reinterpret_cast<const VI*>(p); }
 
-typedef float Four __attribute__((vector_size(16)));
-
-inline Four fold(VF v) {
-    return (__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 8, 9, 10, 11)) +
-           (__builtin_shufflevector(v, v, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 12, 13, 14, 15));
-}
+inline Four four(const float* p) { return *reinterpret_cast<const Four*>(p); }
 
 // The sums of four vectors of four.
 inline Four across(Four a, Four b, Four c, Four d) {

@@ -53,7 +53,7 @@ struct Worker {
     const Encoding& work;
     const Trellis& trellis;
     const Tier& tier;
-    Aligned costs0, costs1, choices, path, best;
+    Aligned costs0, costs1, kept, path, best;
     Scratch scratch;
 
     Worker(const Encoding& work, const Trellis& trellis, const Tier& tier)
@@ -62,20 +62,11 @@ struct Worker {
           tier(tier),
           costs0(sizeof(float) << trellis.window),
           costs1(sizeof(float) << trellis.window),
-          choices(kWeights * choice_bytes(trellis)),
+          kept((kWeights + 1) * tier.kept_bytes(trellis)),
           path(kWeights * sizeof(int32_t)),
           best(kWeights * sizeof(int32_t)),
-          scratch{{costs0.as<float>(), costs1.as<float>()}, choices.as<uint8_t>(), choice_bytes(trellis),
+          scratch{{costs0.as<float>(), costs1.as<float>()}, kept.as<uint8_t>(), tier.kept_bytes(trellis),
                   path.as<int32_t>(), best.as<int32_t>()} {}
-
-    static size_t choice_bytes(const Trellis& trellis) {
-        size_t most = 0;
-        for (int p = 0; p < 2; p++) {
-            const int out = new_bits(trellis.w, p);
-            most = std::max(most, (((size_t(1) << out) - 1) << (trellis.window - out)) / 8);
-        }
-        return most;
-    }
 
     void block(int64_t index) {
         const int64_t across = (work.columns + kBlock - 1) / kBlock;

@@ -20,9 +20,9 @@ struct Trellis {
 
 // One thread's memory; every pointer is aligned to 64 bytes.
 struct Scratch {
-    float* costs[2];   // 2^L floats each: the cheapest way into every group of states
-    uint8_t* choices;  // 256 rows of `choice_bytes`: which predecessor won, one bit a comparison
-    size_t choice_bytes;
+    float* costs[2];  // 2^L floats each: the cheapest way into every group of states
+    uint8_t* kept;    // 257 rows of `kept_bytes`: what tells which predecessor won
+    size_t kept_bytes;
     int32_t* path;  // 256 states
     int32_t* best;  // 256 states
 };
@@ -32,11 +32,13 @@ struct Scratch {
 static inline int ring_end(int w, int t) { return (w * (t + 1) + 1) / 2; }
 static inline int new_bits(int w, int t) { return ring_end(w, t & 1) - (w * (t & 1) + 1) / 2; }
 
-// A tier's entry points. `order` is the position of state s of parity p in codes[p]. `encode` finds the states of one
+// A tier's entry points. `order` is the position of state s of parity p in codes[p]. `kept_bytes` is the memory that it
+// wants for every weight. `encode` finds the states of one
 // block: x (256) in units of the code, weight (256, or null for all ones) multiplies the squared errors; returns the cost.
 struct Tier {
     const char* name;
     size_t (*order)(const Trellis&, int parity, uint32_t state);
+    size_t (*kept_bytes)(const Trellis&);
     float (*encode)(const Trellis&, const Scratch&, const float* x, const float* weight);
 };
 

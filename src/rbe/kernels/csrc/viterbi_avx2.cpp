@@ -8,6 +8,7 @@
 namespace rbe::viterbi::avx2 {
 
 constexpr int kLanes = 8;
+constexpr size_t kMostKept = 65536;  // bytes a weight; a comparison takes three instructions to get into memory
 using Vector = __m256;
 
 inline Vector load(const float* p) { return _mm256_load_ps(p); }
@@ -46,4 +47,5 @@ inline void store_split(float* to, Vector v) {
 
 #include "viterbi_kernel.h"
 
-const rbe::viterbi::Tier rbe::viterbi::avx2_tier = {"avx2", rbe::viterbi::avx2::order, rbe::viterbi::avx2::encode};
+const rbe::viterbi::Tier rbe::viterbi::avx2_tier = {"avx2", rbe::viterbi::avx2::order,
+    rbe::viterbi::avx2::kept_bytes, rbe::viterbi::avx2::encode};

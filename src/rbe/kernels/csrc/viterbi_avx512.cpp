@@ -8,6 +8,7 @@
 namespace rbe::viterbi::avx512 {
 
 constexpr int kLanes = 16;
+constexpr size_t kMostKept = 0;
 using Vector = __m512;
 
 inline Vector load(const float* p) { return _mm512_load_ps(p); }
@@ -46,4 +47,5 @@ inline void store_split(float* to, Vector v) {
 
 #include "viterbi_kernel.h"
 
-const rbe::viterbi::Tier rbe::viterbi::avx512_tier = {"avx512", rbe::viterbi::avx512::order, rbe::viterbi::avx512::encode};
+const rbe::viterbi::Tier rbe::viterbi::avx512_tier = {"avx512", rbe::viterbi::avx512::order,
+    rbe::viterbi::avx512::kept_bytes, rbe::viterbi::avx512::encode};

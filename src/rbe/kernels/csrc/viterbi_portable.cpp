@@ -6,6 +6,7 @@
 namespace rbe::viterbi::portable {
 
 constexpr int kLanes = 8;
+constexpr size_t kMostKept = 0;
 struct Vector {
     float lane[kLanes];
 };
@@ -50,4 +51,5 @@ inline void store_split(float* to, Vector v) {
 
 #include "viterbi_kernel.h"
 
-const rbe::viterbi::Tier rbe::viterbi::portable_tier = {"portable", rbe::viterbi::portable::order, rbe::viterbi::portable::encode};
+const rbe::viterbi::Tier rbe::viterbi::portable_tier = {"portable", rbe::viterbi::portable::order,
+    rbe::viterbi::portable::kept_bytes, rbe::viterbi::portable::encode};

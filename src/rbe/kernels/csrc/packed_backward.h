@@ -1,0 +1,189 @@
+// Derivatives of products with small packed128 blocks, quarter by quarter (see `Tables`). Included after
+// packed_product.h.
+//
+// With C = f cos and S = f sin of the left upper quarter, a row of y gives P = C^T y_even and Q = S^T y_odd, from which
+// follows all that a block has to say: amp u P and amp v Q are derivatives by folded x, and their products with folded
+// x are the sums over the block of G C and G S, where G is the gradient by the weights, which nobody forms. Radial
+// blocks need P and Q of their slopes g = rho f' too.
+#pragma once
+
+// What is constant for a record while rows of y pass by: the matrices of its even and odd part (f, then g), where its
+// rows of folded x and of derivatives by them start, and the amplitudes of the parts.
+struct Passing {
+    const float *matrix[2][2], *x[2];
+    float *d[2], amp[2];
+};
+
+// NB rows of y, spread over the vectors of a quarter, with OWNERS records of the same block row, PER matrices each.
+template <int HALF, int OWNERS, int PER, int NB, bool BY_X, bool BY_SEEDS>
+inline void pass(const Tables& t, const Passing* of, const float* y, int64_t x_row, int64_t d_row, VF (*acc)[4]) {
+    const int64_t n = t.quarter * LANES, vectors = n / W, wide = wide_of<HALF>(t);
+    for (int m = 0; m < 2; m++)
+        for (int64_t first = 0; first < wide; first++) {
+            VF found[OWNERS * PER][NB] = {};
+#pragma GCC unroll 4
+            for (int64_t v = first; v < vectors; v += wide) {
+                VF part[OWNERS * PER];
+                for (int k = 0; k < OWNERS * PER; k++) part[k] = load(of[k / PER].matrix[m][k % PER] + v * W);
+                for (int b = 0; b < NB; b++) {
+                    const VF some = load(y + (2 * b + m) * n + v * W);
+                    for (int k = 0; k < OWNERS * PER; k++) found[k][b] += part[k] * some;
+                }
+            }
+            for (int o = 0; o < OWNERS; o++) {
+                const float amp = of[o].amp[m];
+                for (int b = 0; b < NB; b++) {
+                    if (BY_X) {
+                        float* to = of[o].d[m] + b * d_row + first * W;
+                        store(to, load(to) + found[o * PER][b] * amp);
+                    }
+                    if (BY_SEEDS) {
+                        const VF x = columns_of<HALF>(of[o].x[m] + b * x_row, first, wide);
+                        for (int k = 0; k < PER; k++) acc[o][2 * k + m] += found[o * PER + k][b] * x;
+                    }
+                }
+            }
+        }
+}
+
+// f cos, f sin and, where wanted, g cos, g sin of a radial record.
+inline void radial_quarters(const Tables& t, const Record& r, const float* profile, const float* slopes, float* out) {
+    const int64_t n = t.quarter * LANES;
+    const float* wave = t.quarters + r.q * 2 * n;
+    for (int64_t k = 0; k < n; k += W) {
+        const VI at = loadi(t.quarter_class + k);
+        const VF c = load(wave + k), s = load(wave + n + k), f = lookup(profile, t.classes, at);
+        store(out + k, f * c), store(out + n + k, f * s);
+        if (!slopes) continue;
+        const VF g = lookup(slopes, t.classes, at);
+        store(out + 2 * n + k, g * c), store(out + 3 * n + k, g * s);
+    }
+}
+
+// y of `rows` rows, every pair of rows of the block repeated over its columns.
+template <int HALF>
+inline void spread_pairs(const Tables& t, const float* y, int64_t y_row, int64_t rows, float* out) {
+    const int64_t n = t.quarter * LANES, half = half_of<HALF>(t);
+    for (int64_t b = 0; b < rows; b++)
+        for (int m = 0; m < 2; m++, out += n) {
+            const float* from = y + b * y_row + m * t.pairs;
+            for (int64_t i = 0; i < t.pairs; i++)
+                for (int64_t j = 0; j < half; j++) out[i * half + j] = from[i];
+            std::fill(out + t.pairs * half, out + n, 0.0f);
+        }
+}
+
+template <int KIND, int HALF, bool BY_X, bool BY_SEEDS>
+void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const float* y, int64_t batch, float* d_x,
+                 float* out) {
+    thread_local Memory records_memory, profile_memory, slopes_memory, matrix_memory, y_memory, x_memory, d_memory,
+        sums_memory;
+    // Rows of x whose derivatives are added up before the seeds are read again, and rows of y at once: what they need
+    // fits the second and the first level of the cache.
+    constexpr int64_t ROWS = 128, SPREAD = 32;
+    constexpr int PER = KIND == RADIAL && BY_SEEDS ? 2 : 1, OWNERS = 2 / PER;
+    const Tables& t = *p.tables;
+    const int64_t n = t.quarter * LANES, per_block = p.records(), blocks = J1 - J0, count = blocks * per_block;
+    const int64_t classes = KIND == RADIAL ? t.classes : 0, half = half_of<HALF>(t);
+    const int64_t d_part = std::max<int64_t>(half, W), x_row = 2 * half, d_row = 2 * d_part;
+    const int64_t x_stride = folded_stride(p), seeds = p.block_rows * p.block_cols * p.stages;
+    const int64_t most = std::min(ROWS, batch);
+    Record* r = reinterpret_cast<Record*>(
+        records_memory.get((count + AT_ONCE * p.parts()) * static_cast<int64_t>(sizeof(Record) / 4)));
+    float* profile = profile_memory.get(count * classes + LANES);
+    float* slopes = BY_SEEDS ? slopes_memory.get(count * classes + LANES) : nullptr;
+    float* matrices = KIND == RADIAL ? matrix_memory.get(count * 2 * PER * n) : nullptr;
+    float* spread_y = y_memory.get(std::min(SPREAD, most) * 2 * n);
+    float* own_x = BY_SEEDS ? x_memory.get(blocks * most * x_row) : nullptr;
+    float* d = BY_X ? d_memory.get(blocks * most * d_row) : nullptr;
+    VF(*sums)[4] = reinterpret_cast<VF(*)[4]>(sums_memory.get(count * 4 * W));
+    for (int64_t first = 0; first < batch; first += ROWS) {
+        const int64_t rows = std::min(ROWS, batch - first);
+        if (BY_X) std::fill_n(d, blocks * rows * d_row, 0.0f);
+        if (BY_SEEDS)
+            for (int64_t J = 0; J < blocks; J++)
+                for (int64_t b = 0; b < rows; b++)
+                    std::copy_n(x + (first + b) * x_stride + (J0 + J) * x_row, x_row, own_x + (J * rows + b) * x_row);
+        for (int64_t I = 0; I < p.block_rows; I++) {
+            records(p, I * p.block_cols + J0, blocks, r);
+            if (KIND == RADIAL) {
+                profiles(t, r, count, profile, slopes);
+                for (int64_t k = 0; k < count; k++)
+                    radial_quarters(t, r[k], profile + k * classes, BY_SEEDS ? slopes + k * classes : nullptr,
+                                    matrices + k * 2 * PER * n);
+            }
+            if (BY_SEEDS) std::fill_n(&sums[0][0], count * 4, VF{});
+            for (int64_t some = 0; some < rows; some += SPREAD) {
+                const int64_t here = std::min(SPREAD, rows - some), y_row = p.block_rows * 2 * t.pairs;
+                spread_pairs<HALF>(t, y + (first + some) * y_row + I * 2 * t.pairs, y_row, here, spread_y);
+                const auto owners = [&](int64_t k, auto number) {
+                    Passing of[number()];
+                    for (int o = 0; o < number(); o++) {
+                        const Record& at = r[k + o];
+                        const int64_t J = (k + o) / per_block, odd = at.q & 1;
+                        for (int m = 0; m < 2; m++) {
+                            const int64_t side = m ? 1 - odd : odd;
+                            for (int e = 0; e < PER; e++)
+                                of[o].matrix[m][e] = KIND == RADIAL ? matrices + ((k + o) * 2 * PER + 2 * e + m) * n
+                                                                    : t.quarters + (at.q * 2 + m) * n;
+                            of[o].x[m] = BY_SEEDS ? own_x + (J * rows + some) * x_row + side * half : nullptr;
+                            of[o].d[m] = BY_X ? d + (J * rows + some) * d_row + side * d_part : nullptr;
+                            of[o].amp[m] = at.amp * (m ? at.v : at.u);
+                        }
+                    }
+                    int64_t b = 0;
+                    const auto passes = [&](auto together) {
+                        constexpr int NB = together();
+                        for (; b + NB <= here; b += NB) {
+                            pass<HALF, number(), PER, NB, BY_X, BY_SEEDS>(t, of, spread_y + b * 2 * n, x_row, d_row,
+                                                                          sums + k);
+                            for (Passing& each : of)
+                                for (int m = 0; m < 2; m++) {
+                                    if (BY_SEEDS) each.x[m] += NB * x_row;
+                                    if (BY_X) each.d[m] += NB * d_row;
+                                }
+                        }
+                    };
+                    passes(std::integral_constant<int, BACK>());
+                    passes(std::integral_constant<int, 1>());
+                };
+                int64_t k = 0;
+                for (; k + OWNERS <= count; k += OWNERS) owners(k, std::integral_constant<int, OWNERS>());
+                for (; k < count; k++) owners(k, std::integral_constant<int, 1>());
+            }
+            if (!BY_SEEDS) continue;
+            for (int64_t k = 0; k < count; k++) {
+                const Four block = sum4(sums[k]);
+                const double total[4] = {block[0], block[1], block[2], block[3]};
+                Sums all = {};
+                add_sums<KIND>(r[k], total, all);
+                const float found[3] = {static_cast<float>(all.value), static_cast<float>(all.radius),
+                                        static_cast<float>(all.angle)};
+                float* to = out + (I * p.block_cols + J0) * p.stages + k;
+                for (int m = 0; m < 3; m++, to += seeds) *to = first ? *to + found[m] : found[m];
+            }
+        }
+        if (!BY_X) continue;
+        for (int64_t J = 0; J < blocks; J++)
+            for (int64_t b = 0; b < rows; b++)
+                for (int m = 0; m < 2; m++) {
+                    const float* from = d + (J * rows + b) * d_row + m * d_part;
+                    float* to = d_x + (first + b) * x_stride + (J0 + J) * x_row + m * half;
+                    for (int64_t j = 0; j < half; j++) {
+                        float total = 0;
+                        for (int64_t k = j; k < d_part; k += half) total += from[k];
+                        to[j] = total;
+                    }
+                }
+    }
+}
+
+void backward(const Packed& p, int64_t J0, int64_t J1, const float* x, const float* y, int64_t batch, float* d_x,
+              float* out) {
+    choose_half(p, [&](auto kind, auto half) {
+        constexpr int KIND = kind(), HALF = half();
+        if (d_x && out) backward_of<KIND, HALF, true, true>(p, J0, J1, x, y, batch, d_x, out);
+        else if (d_x) backward_of<KIND, HALF, true, false>(p, J0, J1, x, y, batch, d_x, out);
+        else backward_of<KIND, HALF, false, true>(p, J0, J1, x, y, batch, d_x, out);
+    });
+}

@@ -1,0 +1,241 @@
+"""Layers whose matrix and bias are one stream of bits, trained as whole numbers: for ratios beyond 250:1."""
+
+import math
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rbe.errors import RbeError
+from rbe.formats import stream
+
+
+class _Rounded(torch.autograd.Function):
+    """The nearest whole number, with the gradient of what was rounded (straight through)."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Stream(nn.Module):
+    """A module around one matrix of the format `stream`: W = scale * levels, most of them 0, the bias a last column.
+
+    It is in one of two states:
+
+    * Open, to be trained: Parameters `latent`, whose rounded values are the levels, and `log_scale`, the natural
+      logarithm of the scale. `rbe.optim.StreamAdam` weighs every level by the bits it costs.
+    * Frozen, as files are: buffers `seed`, uint8 (bytes,), and `scale`, float32.
+
+    Attributes:
+        shape: (rows, columns) of the matrix, rows being outputs as in torch; the bias is not counted.
+        cells: columns of one input channel.
+        bias: whether there is one; it is in the seed.
+        open_shape: (rows, columns) of the corner that may have weights; everything outside is 0 for ever, which costs
+            next to no bits, and no time in training.
+        slim: what is always 0 is left out of the outputs, where the next layer expects that. A layer takes inputs with
+            all features or with those of its corner alone.
+    """
+
+    seed: Tensor
+    scale: Tensor
+    latent: Tensor
+    log_scale: Tensor
+
+    def __init__(
+        self, shape: tuple[int, int], cells: int, bias: bool, spread: float, open_shape: tuple[int, int] | None
+    ) -> None:
+        super().__init__()
+        self.shape, self.cells, self.bias, self.slim = shape, cells, bias, False
+        self.open_shape = rows, columns = shape if open_shape is None else open_shape
+        if not all(1 <= part <= whole for part, whole in zip(self.open_shape, shape, strict=True)):
+            raise RbeError(f"{type(self).__name__}: the corner {self.open_shape} is not within the matrix {shape}")
+        if not 0 < spread < math.inf:
+            raise RbeError(f"{type(self).__name__}: spread is {spread}; it must be positive")
+        deviation = (2 / columns) ** 0.5
+        latent = torch.randn(rows, columns) / spread
+        self.latent = nn.Parameter(functional.pad(latent, (0, 1)) if bias else latent)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(spread * deviation)))
+        self._decoded: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the layer is open."""
+        return "latent" in self._parameters
+
+    @property
+    def levels(self) -> Tensor:
+        """The whole numbers: int16 (rows, columns), or (rows, columns + 1) with a bias."""
+        if not self.trainable:
+            return stream.unpack(self.seed.cpu(), self.shape, cells=self.cells, bias=self.bias)
+        with torch.no_grad():
+            return self._whole(self.latent.round().clamp(-stream.LARGEST, stream.LARGEST)).to(torch.int16)
+
+    def pack(self) -> Tensor:
+        """The seed, uint8 (bytes,)."""
+        if not self.trainable:
+            return self.seed
+        return stream.pack(self.levels.cpu(), cells=self.cells, bias=self.bias)
+
+    def freeze(self) -> Self:
+        """Pack the latents into the seed, in place: what files hold."""
+        if self.trainable:
+            seed, scale = self.pack(), self.log_scale.detach().exp()
+            del self.latent, self.log_scale
+            self.register_buffer("seed", seed)
+            self.register_buffer("scale", scale)
+        return self
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        # The length of a seed is known only by the file.
+        seed = state.get(f"{prefix}seed")
+        if seed is not None and not self.trainable:
+            self.seed = torch.empty_like(seed, device=self.seed.device)
+            self._decoded = None
+        super()._load_from_state_dict(state, prefix, *rest)
+
+    def stored(self) -> tuple[int, int]:
+        """(weights that the matrix has, bytes of the seed); the scale is 4 bytes more."""
+        return self.shape[0] * self.shape[1], len(self.pack())
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense matrix (rows, columns), made now and forgotten afterwards."""
+        with torch.no_grad():
+            return self._parts(self._whole(self.corner()))[0]
+
+    def corner(self) -> Tensor:
+        """What may have weights, the bias last: (open rows, open columns [+ 1]) float32, with gradients if open."""
+        if self.trainable:
+            rounded: Tensor = _Rounded.apply(self.latent)  # type: ignore[no-untyped-call]
+            return rounded * self.log_scale.exp()
+        if self._decoded is None or self._decoded[0] is not self.seed:
+            levels = self.levels
+            rows, columns = self.open_shape
+            kept = levels[:rows, [*range(columns), *([self.shape[1]] if self.bias else [])]]
+            # Only what is there is kept.
+            self._decoded = self.seed, kept.to_sparse()
+        return self._decoded[1].to_dense().to(self.scale) * self.scale
+
+    def _parts(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        return (matrix[:, :-1], matrix[:, -1]) if self.bias else (matrix, None)
+
+    def _whole(self, corner: Tensor) -> Tensor:
+        """The corner within zeros."""
+        matrix, bias = self._parts(corner)
+        down, right = self.shape[0] - matrix.shape[0], self.shape[1] - matrix.shape[1]
+        whole = functional.pad(matrix, (0, right, 0, down))
+        return whole if bias is None else torch.cat([whole, functional.pad(bias, (0, down))[:, None]], 1)
+
+
+class StreamLinear(Stream):
+    """y = W x + b with W and b in one stream of bits; constructor shapes like torch's.
+
+    >>> layer = StreamLinear(20, 40)
+    >>> layer(torch.randn(3, 20)).shape, sorted(layer.freeze().state_dict())
+    (torch.Size([3, 40]), ['scale', 'seed'])
+
+    Args:
+        in_features, out_features, bias: as torch's.
+        cells: columns that belong together, for instance the pixels of a row of an image.
+        spread: the scale at the start, in deviations of fresh weights; 2 makes two thirds of the levels 0.
+        open_shape: see `Stream`.
+
+    Raises:
+        RbeError: a number does not fit; on the forward pass, x has other features.
+
+    Source: D. Oktay et al., arXiv 1906.06624, for entropy-penalised whole numbers; the code is `rbe.formats.stream`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        cells: int = 1,
+        spread: float = 2.0,
+        open_shape: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__((out_features, in_features), cells, bias, spread, open_shape)
+        self.in_features, self.out_features = in_features, out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) to (..., out_features), in x's dtype."""
+        if x.ndim < 1 or x.shape[-1] not in (self.in_features, self.open_shape[1]):
+            raise RbeError(f"StreamLinear: x is {tuple(x.shape)}; its last side must be {self.in_features}")
+        weight, bias = self._parts(self.corner().to(x.dtype))
+        y = functional.linear(x[..., : self.open_shape[1]], weight, bias)
+        return y if self.slim else functional.pad(y, (0, self.out_features - self.open_shape[0]))
+
+    def extra_repr(self) -> str:
+        """Shapes."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias}"
+
+
+class StreamConv2d(Stream):
+    """Convolution over an image with kernel and bias in one stream of bits; constructor shapes like torch's.
+
+    >>> StreamConv2d(4, 8, 3, padding=1)(torch.randn(2, 4, 7, 7)).shape
+    torch.Size([2, 8, 7, 7])
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, bias: as torch's.
+        spread, open_shape: as for `StreamLinear`; the matrix is (out_channels, in_channels * cells of the kernel).
+
+    Raises:
+        RbeError: a number does not fit; on the forward pass, x has other channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        bias: bool = True,
+        *,
+        spread: float = 2.0,
+        open_shape: tuple[int, int] | None = None,
+    ) -> None:
+        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        cells = kernel[0] * kernel[1]
+        super().__init__((out_channels, in_channels * cells), cells, bias, spread, open_shape)
+        if self.open_shape[1] % cells:
+            raise RbeError(f"StreamConv2d: {self.open_shape[1]} open columns are no whole channels of {cells} cells")
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (n, in_channels, height, width), in x's dtype."""
+        if x.ndim != 4 or x.shape[1] not in (self.in_channels, self.open_shape[1] // self.cells):
+            raise RbeError(f"StreamConv2d: x is {tuple(x.shape)}; it must be (n, {self.in_channels}, height, width)")
+        rows, columns = self.open_shape
+        weight, bias = self._parts(self.corner().to(x.dtype))
+        kernel = weight.reshape(rows, columns // self.cells, *self.kernel_size)
+        # Of the layouts the processors of today offer, the faster one for few channels.
+        x = x[:, : kernel.shape[1]].contiguous(memory_format=torch.channels_last)
+        y = functional.conv2d(x, kernel, bias, self.stride, self.padding)
+        return y if self.slim else functional.pad(y, (0, 0, 0, 0, 0, self.out_channels - rows))
+
+    def extra_repr(self) -> str:
+        """Shapes."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, bias={self.bias}"
+        )
+
+
+def streams(model: nn.Module) -> list[Stream]:
+    """Every layer of a stream in a model, each once."""
+    return [module for module in model.modules() if isinstance(module, Stream)]

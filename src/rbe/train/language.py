@@ -1,0 +1,155 @@
+"""The next token of a text: perplexity per token in windows that do not overlap."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rbe.errors import RbeError
+from rbe.train.config import Config
+from rbe.train.networks import dense
+from rbe.train.reading import find
+from rbe.train.task import Batch, Split, Task, check_symbols
+
+
+def tokenizers() -> Any:
+    """The package `tokenizers`.
+
+    Raises:
+        RbeError: it is not installed.
+    """
+    try:
+        import tokenizers as package
+    except ImportError:
+        raise RbeError("train: subwords need tokenizers; install it with: pip install 'rbe[train]'") from None
+    return package
+
+
+class Language(Task):
+    """Windows of texts in the tokens of a given tokenizer."""
+
+    metric, rises = "perplexity", False
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert config.data.tokenizer is not None
+        folder, path = find(config, config.data.path), find(config, config.data.tokenizer) / "tokenizer.json"
+        try:
+            tokenizer = tokenizers().Tokenizer.from_file(str(path))
+        except Exception as cause:  # the package raises plain Exception
+            if isinstance(cause, RbeError):
+                raise
+            raise RbeError(f"train: the tokenizer {path} cannot be read ({cause})") from cause
+        check_symbols(config, tokenizer.get_vocab_size())
+        self.parts = {part: _tokens(tokenizer, folder / f"{part}.txt") for part in ("train", "valid", "test")}
+        for part, tokens in self.parts.items():
+            if len(tokens) < 2 * config.data.length:
+                raise RbeError(f"train: {folder / part}.txt has only {len(tokens)} tokens; shorten [data] length")
+
+    @property
+    def examples(self) -> int:
+        """Windows to train on."""
+        return len(self.parts["train"]) // self.config.data.length - 1
+
+    def batches(self, generator: torch.Generator) -> Iterator[Batch]:
+        """Windows in a random order, at offsets that change from epoch to epoch."""
+        length, tokens = self.config.data.length, self.parts["train"]
+        start = int(torch.randint(0, length, (), generator=generator))
+        windows = start + length * torch.arange(self.examples)
+        order = torch.randperm(len(windows), generator=generator)
+        for chosen in torch.split(windows[order], self.config.train.batch):
+            cells = chosen[:, None] + torch.arange(length)
+            yield Batch((tokens[cells][:, :-1],), tokens[cells][:, 1:])
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, split: Split) -> float:
+        """Perplexity; the first token of a window is not counted, as nothing comes before it."""
+        length = self.config.data.length
+        tokens = self.parts["valid" if split == "validation" else "test"]
+        windows = tokens[: len(tokens) // length * length].view(-1, length)
+        if split == "validation":
+            windows = windows[: self.config.data.validation]
+        training = model.training
+        model.eval()
+        total = 0.0
+        for batch in torch.split(windows, 8):
+            out = model(batch[:, :-1])
+            total += float(functional.cross_entropy(out.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+        model.train(training)
+        return math.exp(min(total / windows[:, 1:].numel(), 700.0))
+
+    def begin(self, model: nn.Module) -> None:
+        """What is dense starts as in the model of transformers that the configuration names."""
+        if self.config.model.start is not None:
+            adopt(model, find(self.config, self.config.model.start))
+
+    def foreign_teacher(self, folder: str) -> nn.Module:
+        """The model of a GPT-2 folder of transformers, of the same shape."""
+        network = dense(self.config)
+        adopt(network, find(self.config, folder))
+        return network.eval().requires_grad_(False)
+
+
+def _tokens(tokenizer: Any, path: Path) -> Tensor:
+    """All tokens, line by line, with line ends."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as cause:
+        raise RbeError(
+            f"train: {path} cannot be read as text ({cause}); the folder needs train, valid and test"
+        ) from cause
+    return torch.tensor([code for one in tokenizer.encode_batch(lines) for code in one.ids])
+
+
+def adopt(model: nn.Module, folder: Path) -> None:
+    """Copy what a GPT-2 folder of transformers has into the dense tensors of a `Gpt`; seeds stay as they are.
+
+    Raises:
+        RbeError: the folder holds another architecture or other sizes.
+    """
+    path = folder / "model.safetensors"
+    try:
+        stored = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as cause:
+        raise RbeError(f"train: {path} cannot be read ({cause}); name a GPT-2 folder of transformers") from cause
+    own = dict(model.named_parameters())
+    for name, parameter in own.items():
+        part, _, kind = name.rpartition(".")
+        source = _names(part)
+        if source is None or kind not in ("weight", "bias"):
+            continue
+        tensor = stored.get(f"{source}.{kind}")
+        if tensor is None:
+            raise RbeError(f"train: {folder} has no {source}.{kind}; it must be a GPT-2 folder of transformers")
+        tensor = tensor.float()
+        tensor = tensor.T if kind == "weight" and ".c_" in f".{source}" else tensor
+        if tensor.shape != parameter.shape:
+            raise RbeError(f"train: {folder}: {source}.{kind} is {tuple(tensor.shape)}, here it is {parameter.shape}")
+        parameter.data.copy_(tensor)
+
+
+_PARTS = {
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "attention.qkv": "attn.c_attn",
+    "attention.out": "attn.c_proj",
+    "inner": "mlp.c_fc",
+    "outer": "mlp.c_proj",
+}
+
+
+def _names(part: str) -> str | None:
+    """What GPT-2 calls a part of a `Gpt`."""
+    whole = {"embed": "wte", "place": "wpe", "norm": "ln_f"}
+    if part in whole:
+        return whole[part]
+    if not part.startswith("blocks."):
+        return None
+    _, number, rest = part.split(".", 2)
+    return f"h.{number}.{_PARTS[rest]}" if rest in _PARTS else None

@@ -1,0 +1,209 @@
+"""Configurations from TOML files: every name and value is checked before anything runs."""
+
+import dataclasses
+import difflib
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rbe.errors import RbeError
+from rbe.nn.rest import BITS
+from rbe.train.config import PARTS, Config, Layer, Seeds
+
+T = TypeVar("T")
+
+# Networks by task.
+NETWORKS = {
+    "images": ("mlp", "lenet5", "resnet20"),
+    "characters": ("lstm",),
+    "translation": ("transformer",),
+    "language": ("gpt",),
+}
+FORMATS = ("outer128", "packed128", "packed64", "stream", "dense")
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a configuration.
+
+    >>> import tempfile
+    >>> text = "[data]\\npath = 'mnist.npz'\\n[seeds]\\nblock = 32\\n"
+    >>> text += "[[seeds.layer]]\\npattern = 'linear3'\\nblock = 16\\n"
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / "small.toml").write_text(text)
+    ...     config = load_config(Path(folder) / "small.toml")
+    >>> config.name, config.model.widths, config.seeds.of("linear1", 0).block, config.seeds.of("linear3", 2).block
+    ('small', (784, 256, 128, 10), 32, 16)
+
+    Raises:
+        RbeError: the file cannot be read, is no TOML, or has a name or value that means nothing.
+    """
+    path = Path(path)
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise RbeError(f"train: {path} cannot be read ({cause.strerror or cause}); give a TOML file") from cause
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
+        raise RbeError(f"train: {path} is no TOML: {cause}") from cause
+    _refuse_unknown(path, "", given, {"name", *PARTS})
+    if "path" not in given.get("data", {}):
+        raise RbeError(f"train: {path} has no [data] path; name the file or folder of the data")
+    made: dict[str, Any] = {key: _read(path, key, given.get(key, {}), kind) for key, kind in PARTS.items()}
+    config = Config(given.get("name", path.stem), folder=path.parent, **made)
+    _check(path, config)
+    return config
+
+
+def find(config: Config, name: str) -> Path:
+    """A file or folder: as given, below the configuration's folder, or below RBE_DATA.
+
+    Raises:
+        RbeError: it is in none of these places.
+    """
+    places = [config.folder / name]
+    if "RBE_DATA" in os.environ:
+        places.append(Path(os.environ["RBE_DATA"]) / name)
+    for place in places:
+        if place.exists():
+            return place
+    tried = ", ".join(map(str, places))
+    raise RbeError(
+        f"train: there is no data file {name} (tried {tried}); put it there, give a full path, or set RBE_DATA to the "
+        "folder that holds it"
+    )
+
+
+def _refuse_unknown(path: Path, section: str, given: dict[str, Any], known: set[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+            raise RbeError(f"train: {path}: {section}{name} is not known; {hint}")
+
+
+def _read(path: Path, section: str, given: Any, kind: type[T]) -> T:
+    if not isinstance(given, dict):
+        raise RbeError(f"train: {path}: [{section}] must be a table")
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    _refuse_unknown(path, f"[{section}] ", given, set(fields))
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if kind is Seeds and name == "layer":
+            values[name] = _layers(path, value)
+            continue
+        if isinstance(value, list):
+            value = tuple(value)
+        values[name] = _typed(f"train: {path}: [{section}] {name}", value, _annotation(fields[name].type))
+    return kind(**values)
+
+
+def _layers(path: Path, given: Any) -> tuple[Layer, ...]:
+    if not isinstance(given, list):
+        raise RbeError(f"train: {path}: write [[seeds.layer]] with two brackets, once for every pattern")
+    for one in given:
+        if not isinstance(one, dict) or "pattern" not in one:
+            raise RbeError(f"train: {path}: a [[seeds.layer]] has no pattern; name the matrices it is for, such as '*'")
+    return tuple(_read(path, "seeds.layer", one, Layer) for one in given)
+
+
+def _annotation(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and "[" not in str(kind) else str(kind)
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+    "None": (),
+}
+
+
+def _typed(what: str, value: Any, annotation: str) -> Any:
+    """The value, if it has a type of the annotation; a whole number may stand for any number."""
+    if annotation.startswith("tuple"):
+        if isinstance(value, tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+            return value
+        raise RbeError(f"{what} is {value!r}; it must be a list of whole numbers")
+    names = [part.strip() for part in annotation.split("|")]
+    allowed = tuple(t for name in names for t in _TYPES[name])
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise RbeError(f"{what} is {value!r}; it must be {' or '.join(n for n in names if n != 'None')}")
+    return float(value) if "float" in names and isinstance(value, int) else value
+
+
+def _check(path: Path, config: Config) -> None:
+    model, data, seeds = config.model, config.data, config.seeds
+    if data.task not in NETWORKS:
+        raise RbeError(f"train: {path}: [data] task is {data.task!r}; choose one of {', '.join(NETWORKS)}")
+    choices: list[tuple[str, str, tuple[str, ...]]] = [
+        ("[model] kind", model.kind, NETWORKS[data.task]),
+        ("[model] norm", model.norm, ("batch", "none")),
+        ("[seeds] format", seeds.format, FORMATS),
+    ]
+    choices += [("[[seeds.layer]] format", layer.format, FORMATS) for layer in seeds.layer if layer.format is not None]
+    for what, value, known in choices:
+        if value not in known:
+            raise RbeError(f"train: {path}: {what} is {value!r}; choose one of {', '.join(known)}")
+    _check_numbers(path, config)
+    rest = config.train.rest_bits
+    if rest not in BITS or (rest < 32 and seeds.format == "dense"):
+        offered = ", ".join(map(str, BITS))
+        raise RbeError(
+            f"train: {path}: [train] rest_bits is {rest}; choose one of {offered}, and 32 for a dense network"
+        )
+    if model.kind == "mlp" and len(model.widths) < 2:
+        raise RbeError(f"train: {path}: [model] widths {list(model.widths)} are no network; give input and output")
+    if model.kind == "lenet5" and len(model.widths) != 4:
+        raise RbeError(f"train: {path}: [model] widths of lenet5 are two numbers of filters, units and classes")
+    if model.kind in ("transformer", "gpt") and model.size % model.heads:
+        raise RbeError(f"train: {path}: [model] heads {model.heads} do not divide size {model.size}")
+    if data.task != "images" and model.vocabulary < 1:
+        raise RbeError(f"train: {path}: [model] vocabulary is missing; it is the number of symbols of {data.task}")
+    if data.task == "language" and data.tokenizer is None:
+        raise RbeError(f"train: {path}: [data] tokenizer is missing; name a folder with a tokenizer.json")
+    if data.task != "images" and seeds.blocks:
+        raise RbeError(f"train: {path}: [seeds] blocks is for networks of images; use [[seeds.layer]] patterns")
+    matrices = {"lenet5": 4, "mlp": len(model.widths) - 1}.get(model.kind, 0)
+    if seeds.blocks and len(seeds.blocks) != matrices:
+        raise RbeError(f"train: {path}: [seeds] blocks has {len(seeds.blocks)} entries for {matrices} matrices")
+    if seeds.format == "stream" or any(layer.format == "stream" for layer in seeds.layer):
+        _check_stream(path, config, matrices)
+    elif seeds.bytes and (seeds.format != "outer128" or seeds.blocks):
+        raise RbeError(f"train: {path}: [seeds] bytes chooses blocks of outer128; leave blocks and other formats out")
+
+
+def _check_stream(path: Path, config: Config, matrices: int) -> None:
+    seeds = config.seeds
+    if seeds.format != "stream" or seeds.layer or not matrices:
+        raise RbeError(f"train: {path}: [seeds] format stream is for all matrices of a mlp or lenet5")
+    if not seeds.bytes:
+        raise RbeError(f"train: {path}: [seeds] bytes is missing; with format stream it says how many there may be")
+    if seeds.rows and (len(seeds.rows) != matrices or min(seeds.rows) < 1):
+        raise RbeError(f"train: {path}: [seeds] rows is {list(seeds.rows)}; give {matrices} positive numbers")
+    if config.train.flip_every or config.train.rest_bits != 32:
+        raise RbeError(f"train: {path}: [train] flip_every and rest_bits have no meaning with stream; leave them out")
+
+
+def _check_numbers(path: Path, config: Config) -> None:
+    recipe, model = config.train, config.model
+    positive: dict[str, float] = {"batch": recipe.batch, "softness": recipe.softness}
+    if recipe.epochs or model.start is None:
+        positive["epochs"] = recipe.epochs
+    sections = [("train", name, number, number > 0, "positive") for name, number in positive.items()]
+    whole: dict[str, float] = {"steps": recipe.steps, "clip": recipe.clip, "patience": recipe.patience}
+    sections += [("train", name, number, number >= 0, "0 or more") for name, number in whole.items()]
+    shares = {"smoothing": recipe.smoothing, "weight": recipe.weight}
+    sections += [("train", name, number, 0 <= number <= 1, "in [0, 1]") for name, number in shares.items()]
+    sizes = {"width": model.width, "layers": model.layers, "size": model.size, "heads": model.heads}
+    sections += [("model", name, number, number > 0, "positive") for name, number in sizes.items()]
+    sections += [
+        ("model", "dropout", model.dropout, 0 <= model.dropout < 1, "in [0, 1)"),
+        ("data", "length", config.data.length, config.data.length > 1, "at least 2"),
+        ("data", "shift", config.data.shift, config.data.shift >= 0, "0 or more"),
+        ("seeds", "bytes", config.seeds.bytes, config.seeds.bytes >= 0, "0 or more"),
+        ("seeds", "spread", config.seeds.spread, config.seeds.spread > 0, "positive"),
+    ]
+    for section, name, number, fine, wanted in sections:
+        if not fine:
+            raise RbeError(f"train: {path}: [{section}] {name} is {number}; it must be {wanted}")

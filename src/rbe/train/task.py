@@ -1,0 +1,79 @@
+"""`Task`: what a network learns from, and the number that says how well it does."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rbe.errors import RbeError
+from rbe.train.config import Config
+
+Split = Literal["validation", "test"]
+# A target that takes part in no loss.
+NOTHING = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's worth.
+
+    Attributes:
+        inputs: what the network is called with.
+        targets: class of every output, int64, `NOTHING` where there is none; outputs have a last side of classes more.
+    """
+
+    inputs: tuple[Tensor, ...]
+    targets: Tensor
+
+
+class Task(ABC):
+    """Data of a configuration, cut into batches, with a metric on splits that are never trained on.
+
+    Attributes:
+        metric: its name; rises: whether more is better.
+    """
+
+    metric: ClassVar[str]
+    rises: ClassVar[bool]
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @property
+    @abstractmethod
+    def examples(self) -> int:
+        """What there is to train on: images, windows or sentences."""
+
+    @abstractmethod
+    def batches(self, generator: torch.Generator) -> Iterator[Batch]:
+        """One pass over the training examples in a random order; may end with a batch that is not full."""
+
+    @abstractmethod
+    def measure(self, model: nn.Module, split: Split) -> float:
+        """The metric of a model in evaluation mode."""
+
+    @property
+    def steps(self) -> int:
+        """Full batches of an epoch."""
+        recipe = self.config.train
+        whole = self.examples // recipe.batch
+        return max(1, min(whole, recipe.steps) if recipe.steps else whole)
+
+    def begin(self, model: nn.Module) -> None:
+        """Give a fresh network what it starts from, beside random numbers; nothing, for most tasks."""
+        if self.config.model.start is not None:
+            raise RbeError(f"train: [model] start is not offered for {self.config.data.task}; leave it out")
+
+
+def check_symbols(config: Config, found: int) -> None:
+    """Refuse a vocabulary of another size than the data's.
+
+    Raises:
+        RbeError: it is another.
+    """
+    if config.model.vocabulary != found:
+        given = config.model.vocabulary
+        raise RbeError(f"train: [model] vocabulary is {given}, but the data has {found} symbols; set it to {found}")

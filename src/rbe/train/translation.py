@@ -1,0 +1,138 @@
+"""Sentences into another language: BLEU."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from rbe.errors import RbeError
+from rbe.train.config import Config
+from rbe.train.language import tokenizers
+from rbe.train.reading import find
+from rbe.train.task import NOTHING, Batch, Split, Task, check_symbols
+
+PAD, BEGIN, END = 0, 1, 2
+SOURCE, TARGET = "de", "en"
+FILES = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
+# Translations end after so many subwords more than twice their source.
+MORE = 10
+
+
+class Translation(Task):
+    """Pairs of sentences in subwords of both languages, which are learned from the sentences trained on."""
+
+    metric, rises = "bleu", True
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        _sacrebleu()
+        folder = find(config, config.data.path)
+        self.lines = {part: tuple(_lines(folder / f"{name}.{side}.txt") for side in (SOURCE, TARGET))
+                      for part, name in FILES.items()}  # fmt: skip
+        for part, (one, two) in self.lines.items():
+            if len(one) != len(two) or not one:
+                raise RbeError(f"train: {folder}: {FILES[part]} has {len(one)} and {len(two)} lines; give pairs")
+        self.tokenizer = _learn([*self.lines["train"][0], *self.lines["train"][1]], config.model.vocabulary)
+        check_symbols(config, self.tokenizer.get_vocab_size())
+        sides = [[torch.tensor(c.ids) for c in self.tokenizer.encode_batch(s)] for s in self.lines["train"]]
+        most = config.data.length
+        self.pairs = [(s, t) for s, t in zip(*sides, strict=True) if max(len(s), len(t)) <= most]
+        if not self.pairs:
+            raise RbeError(f"train: no sentence has at most {most} subwords; raise [data] length")
+
+    @property
+    def examples(self) -> int:
+        """Pairs to train on."""
+        return len(self.pairs)
+
+    def batches(self, generator: torch.Generator) -> Iterator[Batch]:
+        """Pairs in a random order, those of a batch about equally long."""
+        size = self.config.train.batch
+        order = torch.randperm(len(self.pairs), generator=generator).tolist()
+        # Sorted within pools of many batches: little padding, and still another batch every time.
+        pools = [order[k : k + 50 * size] for k in range(0, len(order), 50 * size)]
+        sets = []
+        for pool in pools:
+            pool.sort(key=lambda k: len(self.pairs[k][0]) + len(self.pairs[k][1]))
+            sets += [pool[k : k + size] for k in range(0, len(pool), size)]
+        for k in torch.randperm(len(sets), generator=generator).tolist():
+            source = pad_sequence([self.pairs[i][0] for i in sets[k]], batch_first=True, padding_value=PAD)
+            goals = [self.pairs[i][1] for i in sets[k]]
+            before = [torch.cat((torch.tensor([BEGIN]), goal)) for goal in goals]
+            after = [torch.cat((goal, torch.tensor([END]))) for goal in goals]
+            yield Batch(
+                (source, pad_sequence(before, batch_first=True, padding_value=PAD)),
+                pad_sequence(after, batch_first=True, padding_value=NOTHING),
+            )
+
+    def measure(self, model: nn.Module, split: Split) -> float:
+        """BLEU of greedy translations, by sacrebleu on raw text."""
+        source, wanted = self.lines[split]
+        if split == "validation":
+            source, wanted = source[: self.config.data.validation], wanted[: self.config.data.validation]
+        return float(_sacrebleu().corpus_bleu(self.translate(model, source), [list(wanted)]).score)
+
+    @torch.no_grad()
+    def translate(self, model: nn.Module, sentences: list[str], batch: int = 200) -> list[str]:
+        """Always the likeliest next subword."""
+        training = model.training
+        model.eval()
+        codes = [torch.tensor(code.ids or [END]) for code in self.tokenizer.encode_batch(sentences)]
+        order = sorted(range(len(codes)), key=lambda k: len(codes[k]))
+        out: list[str] = [""] * len(codes)
+        for k in range(0, len(order), batch):
+            chosen = order[k : k + batch]
+            source = pad_sequence([codes[i] for i in chosen], batch_first=True, padding_value=PAD)
+            texts = self.tokenizer.decode_batch(_greedy(model, source).tolist())
+            for i, text in zip(chosen, texts, strict=True):
+                out[i] = text
+        model.train(training)
+        return out
+
+
+def _greedy(model: Any, source: Tensor) -> Tensor:
+    memory, empty = model.encode(source)
+    made = torch.full((len(source), 1), BEGIN)
+    going = torch.ones(len(source), dtype=torch.bool)
+    for _ in range(2 * source.shape[1] + MORE):
+        chosen = model.decode(made, memory, empty)[:, -1].argmax(-1)
+        chosen = torch.where(going, chosen, PAD)
+        made = torch.cat((made, chosen[:, None]), 1)
+        going &= chosen != END
+        if not going.any():
+            break
+    return made
+
+
+def _learn(lines: list[str], size: int) -> Any:
+    """Byte-level subwords; the same lines and size give the same ones."""
+    package = tokenizers()
+    tokenizer = package.Tokenizer(package.models.BPE())
+    tokenizer.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = package.decoders.ByteLevel()
+    trainer = package.trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<pad>", "<begin>", "<end>"],
+        show_progress=False,
+        initial_alphabet=package.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    return tokenizer
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split("\n")[:-1]
+    except (OSError, UnicodeDecodeError) as cause:
+        raise RbeError(f"train: {path} cannot be read as text ({cause})") from cause
+
+
+def _sacrebleu() -> Any:
+    try:
+        import sacrebleu
+    except ImportError:
+        raise RbeError("train: BLEU needs sacrebleu; install it with: pip install 'rbe[train]'") from None
+    return sacrebleu

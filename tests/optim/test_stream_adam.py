@@ -1,0 +1,86 @@
+"""Training of streams under a number of bytes."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rbe.errors import RbeError
+from rbe.formats import stream
+from rbe.nn import StreamLinear
+from rbe.optim import StreamAdam
+from rbe.optim.stream import price
+
+
+def problem() -> tuple[nn.Module, Tensor, Tensor]:
+    """Twenty of a thousand inputs' products with the outputs matter."""
+    torch.manual_seed(0)
+    x, truth = torch.randn(400, 50), torch.zeros(20, 50)
+    truth[torch.randint(0, 6, (20,)), torch.randint(0, 50, (20,))] = 1.0
+    return StreamLinear(50, 20, spread=1.0), x, x @ truth.T
+
+
+def run(model: nn.Module, optimizer: StreamAdam, x: Tensor, y: Tensor, steps: int) -> float:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+    return functional.mse_loss(model(x), y).item()
+
+
+def test_a_sparse_truth_is_found_within_its_bytes() -> None:
+    model, x, y = problem()
+    optimizer = StreamAdam(model, 60, 600, 3e-2, dense_lr=3e-3)
+    run(model, optimizer, x, y, 600)
+    assert optimizer.fit() <= 60
+    assert functional.mse_loss(model(x), y).item() < 0.05 * float(y.square().mean())
+
+
+def test_the_pressure_leads_to_the_bytes() -> None:
+    model, x, _ = problem()
+    y = 5 * torch.randn(400, 20)  # nothing is to be learned: every level would be wanted, a little
+    optimizer = StreamAdam(model, 100, 400, 3e-2)
+    optimizer.param_groups[0]["pressure"] = 1e-3  # where a run of thousands of steps has long been
+    run(model, optimizer, x, y, 400)
+    assert 70 < optimizer.count() < 120
+
+
+def test_a_tight_number_of_bytes_is_kept() -> None:
+    model, x, y = problem()
+    optimizer = StreamAdam(model, 20, 100, 3e-2)
+    run(model, optimizer, x, y, 100)
+    assert not optimizer.settle() or optimizer.count() <= 20
+    assert optimizer.fit() <= 20
+
+
+def test_training_goes_on_exactly_where_it_stopped() -> None:
+    model, x, y = problem()
+    optimizer = StreamAdam(model, 60, 80)
+    run(model, optimizer, x, y, 33)
+    second = copy.deepcopy(model)
+    resumed = StreamAdam(second, 60, 80)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(model, optimizer, x, y, 47)
+    run(second, resumed, x, y, 47)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), second.parameters(), strict=True))
+
+
+def test_the_price_is_near_the_bits_of_the_stream() -> None:
+    torch.manual_seed(0)
+    latent = torch.randn(60, 200) * (torch.rand(60, 1) * torch.rand(200)) * 2
+    bits, each = price(latent)
+    assert 0.8 < 8 * len(stream.pack(latent.round().int())) / bits < 1.2
+    # A level costs more where there are few.
+    rows = latent.round().ne(0).sum(1)
+    first = torch.where(latent.abs() < 1, each, torch.inf)
+    assert first[rows.argmin()].min() > first[rows.argmax()].min()
+
+
+def test_bad_numbers_and_models_are_refused() -> None:
+    with pytest.raises(RbeError, match="bytes"):
+        StreamAdam(StreamLinear(4, 4), 0, 10)
+    with pytest.raises(RbeError, match="no open streams"):
+        StreamAdam(nn.Linear(4, 4), 10, 10)

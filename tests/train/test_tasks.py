@@ -1,0 +1,270 @@
+"""Every task end to end on a small problem, dense and in seeds, and what it refuses."""
+
+import io
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from PIL import Image
+
+from rbe.errors import RbeError
+from rbe.nn import Seeded
+from rbe.train import Config, Result, load, load_config, train
+from rbe.train.config import Data, Model, Recipe, Seeds
+from rbe.train.data import flipped
+from rbe.train.data import load as load_images
+from rbe.train.language import adopt
+from rbe.train.networks import build, sizes
+from rbe.train.run import TASKS
+from rbe.train.texts import Block, Gpt, Translator
+from rbe.train.translation import Translation
+
+Make = Callable[[], Config]
+
+
+@pytest.fixture
+def streams(tmp_path: Path) -> Config:
+    """Sorted JPEG images of two colours; two convolutional stages have seeds, the classifier has smaller ones."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 0, 1], [50, 50, 10, 10]).astype(np.uint8)  # a sixth is the test set
+    parts = []
+    for label in labels:
+        image = rng.integers(0, 80, (16, 16, 3))
+        image[..., label] += 150
+        out = io.BytesIO()
+        Image.fromarray(image.astype(np.uint8)).save(out, "JPEG", quality=90)
+        parts.append(np.frombuffer(out.getvalue(), np.uint8))
+    offsets = np.cumsum([0, *map(len, parts)])
+    np.savez(tmp_path / "streams.npz", data=np.concatenate(parts), offsets=offsets, labels=labels)
+    path = tmp_path / "run.toml"
+    path.write_text(
+        "[data]\npath = 'streams.npz'\nvalidation = 20\nshift = 1\nflip = true\n[model]\nkind = 'resnet20'\n"
+        "[train]\nepochs = 3\nbatch = 20\n[[seeds.layer]]\npattern = 'conv'\nformat = 'dense'\n"
+        "[[seeds.layer]]\npattern = 'linear'\nblock = 8\n"
+    )
+    return load_config(path)
+
+
+def test_streams_are_shuffled_for_training_only(streams: Config) -> None:
+    images = load_images(streams)
+    assert images.train[0].shape == (80, 3, 16, 16)
+    assert 0 < images.validation[1].float().mean() < 1  # sorted, all would be 1
+    assert images.test[1].tolist() == [0] * 10 + [1] * 10
+    assert (images.test[0][:10, 0].mean() > images.test[0][:10, 1].mean()).item()
+    again = load_images(streams)
+    assert torch.equal(images.train[0], again.train[0])
+
+
+def test_a_residual_network_learns_and_counts_by_layer(streams: Config, tmp_path: Path) -> None:
+    model = build(streams)
+    kinds = [m.spec.block for m in model.modules() if isinstance(m, Seeded)]
+    assert kinds == [16] * 18 + [8]
+    shapes = [(16, 144)] * 6 + [(32, 144)] + [(32, 288)] * 5 + [(64, 288)] + [(64, 576)] * 5
+    seeds = sum(-(-r // 16) * -(-c // 16) for r, c in shapes) * 16 + 2 * 8 * 16
+    assert sizes(model)["seed_bytes"] == seeds + 4 * 27 * 16
+    assert sizes(model)["weights"] == sum(r * c for r, c in shapes) + 27 * 16 + 640
+    result = train(streams, tmp_path / "out")
+    assert result.accuracy > 0.8
+    assert load(tmp_path / "out")(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
+
+
+def test_half_of_the_images_are_mirrored() -> None:
+    x = torch.arange(3.0).expand(100, 1, 2, 3)
+    y = flipped(x, torch.Generator().manual_seed(0))
+    turned = (y == x.flip(-1)).flatten(1).all(1)
+    assert ((y == x).flatten(1).all(1) ^ turned).all()
+    assert 30 < turned.sum() < 70
+
+
+@pytest.fixture
+def characters(tmp_path: Path) -> Config:
+    """A text whose next character is certain after the first of each word."""
+    rng = random.Random(0)
+    (tmp_path / "text.txt").write_text(" ".join(rng.choice(["abcd", "ecfg"]) for _ in range(800)))
+    model = Model("lstm", vocabulary=8, size=32, dropout=0.1)
+    recipe = Recipe(epochs=4, batch=8, lr=2e-2, clip=1.0)
+    return Config("text", Data("text.txt", "characters", length=20), model, Seeds(block=8), recipe, tmp_path)
+
+
+@pytest.mark.parametrize("format", ["outer128", "dense"])
+def test_characters(characters: Config, tmp_path: Path, format: str) -> None:
+    config = replace(characters, seeds=replace(characters.seeds, format=format))
+    result = train(config, tmp_path / "out")
+    # One bit a word of five characters is all there is; guessing by frequency is 2.9 bits a character.
+    assert 0.2 < result.value < 1.0
+    assert result.metric == "bits_per_character"
+    assert result.to_json()["bits_per_character"] == result.value
+    assert result.validation == min(result.curve)  # less is better
+    names = [name for name, m in load(tmp_path / "out").named_modules() if isinstance(m, Seeded)]
+    wanted = ["embed", *(f"lstm.{side}_l{k}" for k in (0, 1) for side in ("ih", "hh")), "linear"]
+    assert names == (wanted if format == "outer128" else [])
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_an_interrupted_text_ends_as_if_nothing_had_happened(characters: Config, tmp_path: Path) -> None:
+    config = replace(characters, train=replace(characters.train, epochs=2), seeds=replace(characters.seeds, bytes=6000))
+
+    def stop(p: object) -> None:
+        raise Stopped
+
+    whole = train(config, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "part", stop)
+    assert replace(train(config, tmp_path / "part"), seconds=0) == replace(whole, seconds=0)
+    one, two = load(tmp_path / "whole").state_dict(), load(tmp_path / "part").state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert train(config, tmp_path / "part").plan == whole.plan
+    assert 4000 < whole.seed_bytes <= 6000
+
+
+def test_a_text_is_distilled(characters: Config, tmp_path: Path) -> None:
+    dense = replace(characters, seeds=Seeds("dense"))
+    train(dense, tmp_path / "teacher")
+    student = replace(characters, train=replace(characters.train, teacher="teacher", weight=1.0, softness=1.0))
+    assert train(student, tmp_path / "out").value < 1.0
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Config:
+    """Numbers in two languages, each four times."""
+    rng = random.Random(0)
+    german = ["null", "eins", "zwei", "drei", "vier"]
+    english = ["zero", "one", "two", "three", "four"]
+    for part, count in (("train", 400), ("val", 30), ("test_2016_flickr", 30)):
+        drawn = [[rng.randrange(5)] * 4 for _ in range(count)]
+        for side, words in (("de", german), ("en", english)):
+            text = "".join(" ".join(words[k] for k in line) + "\n" for line in drawn)
+            (tmp_path / f"{part}.{side}.txt").write_text(text)
+    model = Model("transformer", vocabulary=285, layers=1, size=32, heads=2, inner=64)
+    recipe = Recipe(epochs=4, batch=10, lr=5e-3, smoothing=0.1)
+    return Config("pairs", Data(".", "translation"), model, Seeds(block=8), recipe, tmp_path)
+
+
+def test_translation(pairs: Config, tmp_path: Path) -> None:
+    config = replace(pairs, seeds=Seeds("dense"))
+    result = train(config, tmp_path / "out")
+    assert result.value > 50
+    assert result.metric == "bleu"
+    translation = Translation(config)
+    assert translation.translate(load(tmp_path / "out"), ["zwei zwei zwei zwei"]) == [" two two two two"]
+
+
+def test_translation_in_seeds(pairs: Config, tmp_path: Path) -> None:
+    losses: list[float] = []
+    student = replace(pairs, train=replace(pairs.train, epochs=3, steps=10, lr=1e-2))
+    result = train(student, tmp_path / "out", lambda p: losses.append(p.loss))
+    assert losses[-1] < 0.7 * losses[0]
+    names = [name for name, m in load(tmp_path / "out").named_modules() if isinstance(m, Seeded)]
+    assert len(names) == 1 + 4 + 7
+    assert result.ratio > 14  # blocks of 8 are 16:1, with sides that do not fill them
+
+
+def test_padding_changes_no_translation() -> None:
+    model = Translator(Model(vocabulary=20, layers=1, size=16, heads=2, inner=32)).eval()
+    one, two = torch.tensor([[5, 6, 7]]), torch.tensor([[5, 6, 7, 0, 0]])
+    torch.testing.assert_close(model(one, torch.tensor([[1, 4]])), model(two, torch.tensor([[1, 4]])))
+
+
+def test_no_position_sees_a_later_one() -> None:
+    model = Gpt(Config("g", Data("", length=8), Model(vocabulary=20, layers=2, size=16, heads=2, inner=32))).eval()
+    one, two = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[5, 6, 9, 2]])
+    torch.testing.assert_close(model(one)[:, :2], model(two)[:, :2])
+    assert not torch.allclose(model(one)[:, 2], model(two)[:, 2])
+    block = Block(Model(size=16, heads=2, inner=32), crosses=True)
+    assert block(torch.zeros(1, 3, 16), torch.zeros(1, 5, 16), causal=True).shape == (1, 3, 16)
+
+
+@pytest.fixture
+def language(tmp_path: Path) -> Config:
+    """Lines of a small grammar, and a tokenizer for them."""
+    rng = random.Random(0)
+    for part, count in (("train", 300), ("valid", 40), ("test", 40)):
+        lines = (f"the {rng.choice(['cat', 'dog'])} sees the {rng.choice(['tree', 'moon'])}\n" for _ in range(count))
+        (tmp_path / f"{part}.txt").write_text("".join(lines))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("\n", "isolated")
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=["?"], show_progress=False)
+    tokenizer.train([str(tmp_path / "train.txt")], trainer)
+    (tmp_path / "words").mkdir()
+    tokenizer.save(str(tmp_path / "words" / "tokenizer.json"))
+    model = Model("gpt", vocabulary=7, layers=2, size=32, heads=2, inner=128)
+    data = Data(".", "language", length=16, tokenizer="words")
+    return Config("gpt", data, model, Seeds(block=8), Recipe(epochs=6, batch=8, lr=2e-2), tmp_path)
+
+
+@pytest.mark.parametrize("format", ["outer128", "dense"])
+def test_language(language: Config, tmp_path: Path, format: str) -> None:
+    config = replace(language, seeds=replace(language.seeds, format=format))
+    config = replace(config, train=replace(config.train, lr=1e-2 if format == "outer128" else 5e-3))
+    result = train(config, tmp_path / "out")
+    # Two of five words have two choices: 2^(2/5) = 1.32 is the least; guessing is 7.
+    assert 1.2 < result.value < (2.3 if format == "outer128" else 1.6)
+    names = [name for name, m in load(tmp_path / "out").named_modules() if isinstance(m, Seeded)]
+    assert len(names) == (2 + 2 * 4 if format == "outer128" else 0)
+
+
+def test_a_model_of_transformers_is_measured_and_teaches(language: Config, tmp_path: Path) -> None:
+    shape = transformers.GPT2Config(vocab_size=7, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    torch.manual_seed(0)
+    given = transformers.GPT2LMHeadModel(shape).eval()
+    for p in given.parameters():
+        p.data.add_(0.1 * torch.randn(p.shape))  # biases and norms too
+    given.save_pretrained(tmp_path / "given")
+    model = Gpt(language).eval()
+    adopt(model, tmp_path / "given")
+    x = torch.tensor([[1, 2, 3, 4, 5]])
+    torch.testing.assert_close(model(x), given(x).logits, rtol=1e-4, atol=1e-4)
+    config = replace(language, seeds=Seeds("dense"), model=replace(language.model, start="given"))
+    config = replace(config, train=replace(config.train, epochs=0))
+    result = train(config, tmp_path / "measured")
+    assert result.epoch == 0
+    assert result.ratio == 1.0
+    assert torch.equal(load(tmp_path / "measured").embed.weight, given.transformer.wte.weight)
+    student = replace(language, train=replace(language.train, epochs=1, teacher="given", steps=2))
+    assert isinstance(train(student, tmp_path / "student"), Result)
+    with pytest.raises(RbeError, match="cannot be read"):
+        train(replace(student, train=replace(student.train, teacher=".")), tmp_path / "other")
+    wrong = replace(config, model=replace(config.model, size=16))
+    with pytest.raises(RbeError, match="here it is"):
+        train(wrong, tmp_path / "wrong")
+
+
+def test_what_the_data_does_not_fit(
+    characters: Config, pairs: Config, language: Config, streams: Config, tmp_path: Path
+) -> None:
+    for config in (characters, language):
+        wrong = replace(config, model=replace(config.model, vocabulary=9))
+        with pytest.raises(RbeError, match="set it to"):
+            TASKS[config.data.task](wrong)
+    with pytest.raises(RbeError, match="shorten"):
+        TASKS["language"](replace(language, data=replace(language.data, length=10_000)))
+    with pytest.raises(RbeError, match="shorter"):
+        TASKS["characters"](replace(characters, data=replace(characters.data, length=100_000)))
+    with pytest.raises(RbeError, match="raise"):
+        TASKS["translation"](replace(pairs, data=replace(pairs.data, length=2)))
+    with pytest.raises(RbeError, match="not offered for characters"):
+        train(replace(characters, model=replace(characters.model, start="x")), tmp_path / "out")
+    (tmp_path / "val.en.txt").write_text("one\n")
+    with pytest.raises(RbeError, match="give pairs"):
+        TASKS["translation"](pairs)
+    (tmp_path / "words" / "tokenizer.json").write_text("{")
+    with pytest.raises(RbeError, match="tokenizer"):
+        TASKS["language"](language)
+    (tmp_path / "text.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(RbeError, match="as text"):
+        TASKS["characters"](characters)
+    with np.load(tmp_path / "streams.npz") as file:
+        np.savez(tmp_path / "streams.npz", data=file["data"][:-1], offsets=file["offsets"], labels=file["labels"])
+    with pytest.raises(RbeError, match="do not cut"):
+        load_images(streams)
+    assert not (tmp_path / "out").exists()
