@@ -156,7 +156,7 @@ class _Matmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> Any:
-        return _matmul_backward(ctx, *g, latent_backward._init_fn)
+        return _matmul_backward(ctx, g[0], latent_backward._init_fn)
 
 
 class _Decode(torch.autograd.Function):
@@ -165,7 +165,7 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> Any:
-        return _decode_backward(ctx, *g, latent_decode_gradient._init_fn)
+        return _decode_backward(ctx, g[0], latent_decode_gradient._init_fn)
 
 
 def _chosen(tensors: Sequence[Tensor], opaque: Any, eager: Any, other: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -177,7 +177,9 @@ def _chosen(tensors: Sequence[Tensor], opaque: Any, eager: Any, other: Callable[
     elif unwatched(tensors):
         chosen = eager.apply
     elif (
-        torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0 and all(map(plain, tensors))
+        torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and all(map(plain, tensors))
     ):
         chosen = opaque
     else:

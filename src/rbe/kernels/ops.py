@@ -98,12 +98,10 @@ def source(spec: SeedSpec, tensors: Tensors, *others: Tensor) -> bands.Source:
 
 def room(by: bands.Source) -> Any:
     """The module with the `matmul` and `decode` of what generates a matrix."""
-    return {packed.Packed: packed, outer_cpu.Outer: outer_cpu}.get(type(by), bands)  # type: ignore[call-overload]
+    return {packed.Packed: packed, outer_cpu.Outer: outer_cpu}.get(type(by), bands)
 
 
-def backward(
-    by: bands.Source, x: Tensor | None, y: Tensor, by_x: bool
-) -> tuple[Tensor | None, bands.Gradients | None]:
+def backward(by: bands.Source, x: Tensor | None, y: Tensor, by_x: bool) -> tuple[Tensor | None, bands.Gradients | None]:
     """Derivatives by x, where `by_x`, and by radius, angle and scale, where x is given."""
     if isinstance(by, packed.Packed):
         return packed.backward(by, x, y, by_x)

@@ -1,7 +1,7 @@
 """The C++ kernels of outer128: tensors in, tensors out, eager, on the CPU, outside of autograd.
 
-Products read the signs as they are stored, and make no weight. Derivatives by the seeds need the sums of the gradient of
-every block with its signs: that gradient is made band by band through the platform's GEMM, and contracted.
+Products read the signs as they are stored, and make no weight. Derivatives by the seeds need the sums of the gradient
+of every block with its signs: that gradient is made band by band through the platform's GEMM, and contracted.
 """
 
 from collections.abc import Iterator
@@ -95,8 +95,9 @@ class Parts:
 
     def __init__(self, spec: SeedSpec, seeds: bool, signs: bool = False) -> None:
         size = (spec.blocks, spec.stages)
-        self.radius, self.angle = (torch.empty(size), torch.empty(size)) if seeds else (None, None)
-        self.signs = torch.empty(*size, 64) if signs else None
+        self.radius: Tensor | None = torch.empty(size) if seeds else None
+        self.angle: Tensor | None = torch.empty(size) if seeds else None
+        self.signs: Tensor | None = torch.empty(*size, 64) if signs else None
 
 
 def code_of(latent: Tensor, spec: SeedSpec) -> Tensor:
@@ -130,7 +131,7 @@ def backward(
     """Derivatives of the sum of y (n, rows) times the product of x (n, columns).
 
     Returns:
-        those by x, where `by_x`; those by radius, angle and scale, where x is given; those by the signs where asked for.
+        those by x, where `by_x`; by radius, angle and scale, where x is given; by the signs, where asked for.
     """
     y = bands.turned(y, source.spec.rotation[0]).contiguous()
     d_x = None
@@ -153,7 +154,9 @@ def gradient_of_dense(source: Outer, g: Tensor) -> tuple[Gradients, Tensor]:
     if source.spec.rotation[0]:
         g = bands.turned(g.T, source.spec.rotation[0]).T
     parts = Parts(source.spec, True, signs=True)
-    factor = (lambda r: g[r]) if source.tensors.row_scale is None else lambda r: bands.factored(source, r, g[r].clone())
-    gradients = source.derivatives(((r, factor(r)) for r in source.cuts(bands.TILE)), parts)
+    whole = source.tensors.row_scale is None
+    cuts = source.cuts(bands.TILE)
+    pieces = ((r, g[r] if whole else bands.factored(source, r, g[r].clone())) for r in cuts)
+    gradients = source.derivatives(pieces, parts)
     assert parts.signs is not None
     return gradients, parts.signs

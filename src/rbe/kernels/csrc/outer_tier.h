@@ -149,52 +149,64 @@ struct Written {
     V8 v(int k, int term, int byte) const { return load(vs + (k * TERMS + term) * SIDE + byte * BYTE); }
 };
 
-// Adds a run's part of one row of the product to y (side,).
-template <int SIDE, class S>
-inline void forward(const Run<SIDE>& run, const S& signs, const float* x, float* y) {
+// Adds a run's part of N rows of the product to y (N, side). Sums of even and odd terms, and of several rows, are apart:
+// additions wait for each other.
+template <int SIDE, int N, class S>
+inline void forward(const Run<SIDE>& run, const S& signs, const float* x, int64_t x_stride, float* y) {
     using F = Form<SIDE>;
-    V8 total[F::VECTORS];
-    for (int m = 0; m < F::VECTORS; m++) total[m] = load(y + m * BYTE);
+    V8 total[N][2][F::VECTORS] = {};
     for (int k0 = 0; k0 < run.padded; k0 += F::GROUP) {
-        const V8 inner = sum8([&](int n) __attribute__((always_inline)) {
-            const int k = k0 + n / F::TERMS, t = n % F::TERMS;
-            const float* from = x + run.at[k];
-            V8 d = signs.v(k, t, 0) * load(from);
-            for (int m = 1; m < F::VECTORS; m++) d += signs.v(k, t, m) * load(from + m * BYTE);
-            return d;
-        });
-        alignas(32) float part[BYTE];
-        store(part, inner * load(run.factor + k0 * F::TERMS));
+        alignas(32) float part[N][BYTE];
+        for (int b = 0; b < N; b++) {
+            const V8 inner = sum8([&](int n) __attribute__((always_inline)) {
+                const int k = k0 + n / F::TERMS, t = n % F::TERMS;
+                const float* from = x + b * x_stride + run.at[k];
+                V8 d = signs.v(k, t, 0) * load(from);
+                for (int m = 1; m < F::VECTORS; m++) d += signs.v(k, t, m) * load(from + m * BYTE);
+                return d;
+            });
+            store(part[b], inner * load(run.factor + k0 * F::TERMS));
+        }
         for (int n = 0; n < BYTE; n++)
-            for (int m = 0; m < F::VECTORS; m++)
-                total[m] += part[n] * signs.u(k0 + n / F::TERMS, n % F::TERMS, m);
+            for (int m = 0; m < F::VECTORS; m++) {
+                const V8 sign = signs.u(k0 + n / F::TERMS, n % F::TERMS, m);
+                for (int b = 0; b < N; b++) total[b][n % 2][m] += part[b][n] * sign;
+            }
     }
-    for (int m = 0; m < F::VECTORS; m++) store(y + m * BYTE, total[m]);
+    for (int b = 0; b < N; b++)
+        for (int m = 0; m < F::VECTORS; m++) {
+            float* to = y + b * SIDE + m * BYTE;
+            store(to, load(to) + (total[b][0][m] + total[b][1][m]));
+        }
 }
 
-// Adds a run's part of one row of the transposed product to x, from y (side,).
-template <int SIDE, class S>
-inline void backward(const Run<SIDE>& run, const S& signs, const float* y, float* x) {
+// Adds a run's part of N rows of the transposed product to x, from y.
+template <int SIDE, int N, class S>
+inline void backward(const Run<SIDE>& run, const S& signs, const float* y, int64_t y_stride, float* x, int64_t x_stride) {
     using F = Form<SIDE>;
-    V8 given[F::VECTORS];
-    for (int m = 0; m < F::VECTORS; m++) given[m] = load(y + m * BYTE);
+    V8 given[N][F::VECTORS];
+    for (int b = 0; b < N; b++)
+        for (int m = 0; m < F::VECTORS; m++) given[b][m] = load(y + b * y_stride + m * BYTE);
     for (int k0 = 0; k0 < run.padded; k0 += F::GROUP) {
-        const V8 inner = sum8([&](int n) __attribute__((always_inline)) {
-            const int k = k0 + n / F::TERMS, t = n % F::TERMS;
-            V8 d = signs.u(k, t, 0) * given[0];
-            for (int m = 1; m < F::VECTORS; m++) d += signs.u(k, t, m) * given[m];
-            return d;
-        });
-        alignas(32) float part[BYTE];
-        store(part, inner * load(run.factor + k0 * F::TERMS));
-        for (int k = k0; k < k0 + F::GROUP; k++) {
-            float* to = x + run.at[k];
-            for (int m = 0; m < F::VECTORS; m++) {
-                V8 sum = load(to + m * BYTE);
-                for (int t = 0; t < F::TERMS; t++) sum += part[(k - k0) * F::TERMS + t] * signs.v(k, t, m);
-                store(to + m * BYTE, sum);
-            }
+        alignas(32) float part[N][BYTE];
+        for (int b = 0; b < N; b++) {
+            const V8 inner = sum8([&](int n) __attribute__((always_inline)) {
+                const int k = k0 + n / F::TERMS, t = n % F::TERMS;
+                V8 d = signs.u(k, t, 0) * given[b][0];
+                for (int m = 1; m < F::VECTORS; m++) d += signs.u(k, t, m) * given[b][m];
+                return d;
+            });
+            store(part[b], inner * load(run.factor + k0 * F::TERMS));
         }
+        for (int k = 0; k < F::GROUP; k++)
+            for (int b = 0; b < N; b++) {
+                float* to = x + b * x_stride + run.at[k0 + k];
+                for (int m = 0; m < F::VECTORS; m++) {
+                    V8 sum = load(to + m * BYTE);
+                    for (int t = 0; t < F::TERMS; t++) sum += part[b][k * F::TERMS + t] * signs.v(k0 + k, t, m);
+                    store(to + m * BYTE, sum);
+                }
+            }
     }
 }
 
@@ -206,10 +218,13 @@ void product_of(const Outer& p, int64_t I, const float* x, int64_t x_stride, int
     for (int64_t first = 0; first < records; first += RUN) {
         run.read(p, I, first, static_cast<int>(std::min<int64_t>(RUN, records - first)));
         if (batch == 1) {
-            forward(run, Straight<SIDE>{run}, x, y);
+            forward<SIDE, 1>(run, Straight<SIDE>{run}, x, x_stride, y);
         } else {
             const Written<SIDE> signs(run);
-            for (int64_t b = 0; b < batch; b++) forward(run, signs, x + b * x_stride, y + b * SIDE);
+            constexpr int N = SIDE == 32 ? 1 : 2;  // what the registers hold
+            int64_t b = 0;
+            for (; b + N <= batch; b += N) forward<SIDE, N>(run, signs, x + b * x_stride, x_stride, y + b * SIDE);
+            if (b < batch) forward<SIDE, 1>(run, signs, x + b * x_stride, x_stride, y + b * SIDE);
         }
     }
 }
@@ -223,10 +238,15 @@ void transposed_of(const Outer& p, int64_t J0, int64_t J1, const float* y, int64
         for (int64_t first = J0 * p.stages; first < end; first += RUN) {
             run.read(p, I, first, static_cast<int>(std::min<int64_t>(RUN, end - first)));
             if (batch == 1) {
-                backward(run, Straight<SIDE>{run}, y + I * SIDE, x);
+                backward<SIDE, 1>(run, Straight<SIDE>{run}, y + I * SIDE, y_stride, x, x_stride);
             } else {
                 const Written<SIDE> signs(run);
-                for (int64_t b = 0; b < batch; b++) backward(run, signs, y + b * y_stride + I * SIDE, x + b * x_stride);
+                const float* from = y + I * SIDE;
+                constexpr int N = SIDE == 32 ? 1 : 2;
+                int64_t b = 0;
+                for (; b + N <= batch; b += N)
+                    backward<SIDE, N>(run, signs, from + b * y_stride, y_stride, x + b * x_stride, x_stride);
+                if (b < batch) backward<SIDE, 1>(run, signs, from + b * y_stride, y_stride, x + b * x_stride, x_stride);
             }
         }
 }
