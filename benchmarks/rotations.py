@@ -2,7 +2,8 @@
 
 Two encodings of the same settings differ by their random rotations alone, and so do their STS-B figures: by more than
 most settings differ. This prints the mixture at 15:1 for several rotations, and their mean. `--calibrate random`
-encodes with second moments from random tokens.
+encodes with second moments from random tokens; `--allocate random` spreads the bits by sensitivity in place of the
+mixture.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.models import MIXED, sentence_pairs, sentence_source
+from benchmarks.models import ALLOCATED, MIXED, sentence_pairs, sentence_source
 from rbe import convert, evaluate, metrics
 from rbe.cli import trial
 
@@ -21,8 +22,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--effort", default="fast", choices=["fast", "balanced", "best"])
     parser.add_argument("--calibrate", default=None)
+    parser.add_argument("--allocate", default=None)
     parser.add_argument("--rotations", type=int, default=6)
     args = parser.parse_args()
+    rates = MIXED if args.allocate is None else {"bits": ALLOCATED, "allocate": args.allocate}
     trial.quiet()
     source = sentence_source()
     tokenizer, (texts, gold) = trial.load_tokenizer(source), sentence_pairs()
@@ -40,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as parent:
         for seed in range(args.rotations):
             folder = Path(parent) / "seeds"
-            convert.compress(source, folder, effort=args.effort, calibrate=args.calibrate, seed=seed, **MIXED)
+            convert.compress(source, folder, effort=args.effort, calibrate=args.calibrate, seed=seed, **rates)
             found, rank = measure(folder)
             shares.append(100 * rank / dense)
             nbytes = sum(p.stat().st_size for p in folder.glob("*.safetensors"))

@@ -376,7 +376,7 @@ def test_an_interrupt_keeps_the_work_and_the_same_command_goes_on(tmp_path: Path
 
     torch.manual_seed(0)
     source, target = tmp_path / "w.safetensors", tmp_path / "out"
-    save_file({f"layer.{k}.weight": torch.randn(384, 512) for k in range(10)}, source)
+    save_file({f"layer.{k}.weight": torch.randn(384, 512) for k in range(40)}, source)
     command = [*RBE, "compress", str(source), str(target), "--threads", "1", "--effort", "fast"]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     journal = tmp_path / ".out.rbe-partial" / "journal.jsonl"

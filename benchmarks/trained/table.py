@@ -14,6 +14,7 @@ from benchmarks.trained.methods import HOST, METHODS, Method, Task, whole_of
 from benchmarks.trained.stored import store, weight_bytes, whole_bytes
 from rbe.train import Config, Progress, data, load, train
 from rbe.train.config import Data, Model, Recipe, Seeds
+from rbe.train.reading import find
 from rbe.train.run import accuracy
 
 FILES = {"mnist": "mnist/mnist.npz", "fashion": "fashion_mnist/fashion_mnist.npz"}
@@ -89,7 +90,7 @@ def untested(plan: Plan) -> Path:
     path = plan.folder / f"{plan.task}-untested.npz"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with np.load(data.find(_tested(plan))) as file:
+        with np.load(find(_tested(plan), _tested(plan).data.path)) as file:
             x, y = file["x_train"], file["y_train"]
         part = path.with_suffix(".part.npz")
         np.savez(part, x_train=x, y_train=y, x_test=x[-HELD:], y_test=y[-HELD:])
@@ -98,14 +99,14 @@ def untested(plan: Plan) -> Path:
 
 
 def _tested(plan: Plan) -> Config:
-    return Config("test", Data(FILES[plan.task], HELD))
+    return Config("test", Data(path=FILES[plan.task], validation=HELD))
 
 
 def _config(plan: Plan, name: str, recipe: dict[str, Any], epochs: int) -> Config:
     fixed = {"epochs": epochs, "batch": BATCH, "seed": plan.seed}
-    model = Model("mlp", HOST, "batch")
-    about = Data(str(untested(plan)), HELD, plan.shift)
-    return Config(name, about, model, Seeds("dense", bias=False), Recipe(**{**fixed, **recipe}))
+    model = Model(kind="mlp", widths=HOST, norm="batch")
+    about = Data(path=str(untested(plan)), validation=HELD, shift=plan.shift)
+    return Config(name, about, model, Seeds(format="dense", bias=False), Recipe(**{**fixed, **recipe}))
 
 
 def run(
@@ -142,7 +143,7 @@ def teacher(plan: Plan, say: Callable[[str], None]) -> Path:
     """Folder of the dense network that teaches, trained with the same options."""
     name = " ".join(filter(None, [f"{plan.task}-dense", f"shift {plan.shift}" if plan.shift else ""]))
     config = _config(replace(plan, seed=0), name, {"lr": TEACHER}, plan.epochs)
-    config = replace(config, seeds=Seeds("dense"))
+    config = replace(config, seeds=Seeds(format="dense"))
     out = plan.folder / name
     result = train(config, out, lambda p: say(f"teacher: {p.epoch}") if p.epoch % 10 == 0 else None)
     say(f"teacher: validation {100 * result.validation:.2f} %")

@@ -178,7 +178,8 @@ def test_it_learns(format: str, make: Callable[..., torch.optim.Optimizer]) -> N
         module.radius.mul_(0.6).add_(0.1)
         module.angle.add_(0.4)
         module.scale.copy_(target.scale)
-    rate = 0.02 if make is torch.optim.Adam else 0.5
+    # At 0.5 packed128 is thrown far away first, and rounding decides when it is back.
+    rate = 0.02 if make is torch.optim.Adam else {"packed64": 0.5, "packed128": 0.1}[format]
     optimizer = make(optim.groups(module)[:1], lr=rate)
     optim.guard(optimizer, module, riemannian=make is torch.optim.SGD)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, optim.WarmupDecay(5, 0.1, 100.0))

@@ -41,8 +41,8 @@ class Phases:
     >>> optimizer = HybridAdam(Linear(16, 16, format="outer128"), lr=0.5)
     >>> plan = three_phases(total=100)
     >>> scheduler = LambdaLR(optimizer, plan.factors(optimizer, PowerDecay(start=100)))
-    >>> scheduler.get_last_lr()  # of points, latents and dense parameters: a run starts with the latents at rest
-    [0.5, 0.0, 0.5]
+    >>> scheduler.get_last_lr()  # of points, latents, scales and dense parameters: at first the latents rest
+    [0.5, 0.0, 0.5, 0.5]
     >>> plan(50).latent, plan(90).latent, plan(90).bits
     (1.0, 0.0, 0.0)
 
