@@ -127,9 +127,8 @@ def limits() -> None:
     t = medians({"one": lambda k: seeded[k % SEED_COPIES].matmul(one), "many": lambda k: seeded[0].matmul(many)}, 9)
     read = 16 * blocks / t["one"]
     print(f"\nOne thread; memory streams {stream / 1e9:.1f} GB/s, {clock() / 1e9:.2f} GHz.")
-    print(
-        f"Batch 1 reads seeds at {read / 1e9:.2f} GB/s, {100 * read / stream:.0f} % of the stream: arithmetic limits it."
-    )
+    share = 100 * read / stream
+    print(f"Batch 1 reads seeds at {read / 1e9:.2f} GB/s, {share:.0f} % of the stream: arithmetic limits it.")
     # 64 additions or subtractions of a number a block and row of x: eight vectors, two a cycle.
     for name, rows in (("one", 1), ("many", 256)):
         cycles = t[name] * clock() / blocks / rows
