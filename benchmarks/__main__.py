@@ -7,7 +7,16 @@ import subprocess
 import sys
 
 # Cheap ones first; `peers` needs a library that is not installed here, `multipliers` is the search behind the format.
-BENCHMARKS = (["kernels"], ["packed"], ["encoder"], ["search"], ["models", "minilm"], ["models", "gpt"], ["rotations"])
+BENCHMARKS = (
+    ["kernels"],
+    ["packed"],
+    ["outer"],
+    ["encoder"],
+    ["search"],
+    ["models", "minilm"],
+    ["models", "gpt"],
+    ["rotations"],
+)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from rbe import formats
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
-from rbe.kernels import bands, cpu, functions, ops, packed, reference
+from rbe.kernels import bands, cpu, functions, ops, reference
 from rbe.kernels.cpu import tier
 from rbe.kernels.formulas import Calls
 from rbe.kernels.tensors import Tensors, plain, unobserved
@@ -122,7 +122,7 @@ class Prepared:
         if not ops.in_cpp(spec, tensors):
             return
         if formats.is_disk(spec.format):
-            self._native = packed.Packed(spec, Tensors(*(None if t is None else t.detach() for t in tensors)))  # type: ignore[arg-type]
+            self._native = ops.source(spec, Tensors(*(None if t is None else t.detach() for t in tensors)))  # type: ignore[arg-type]
         else:
             self._native = cpu.native(spec, tensors.seeds, tensors.scale, tensors.row_scale)
         self._pointers = _addresses(tensors)
@@ -168,7 +168,7 @@ class Prepared:
             raise RbeError(f"seed_matmul: activations {activations!r} are not offered; choose one of {ACTIVATIONS}")
         # Straight to C++ where nothing but the numbers is wanted; the operation costs 15 us more a call.
         if not torch.compiler.is_compiling() and self._native is not None and self._eager(x):
-            if not isinstance(self._native, packed.Packed):
+            if isinstance(self._native, cpu.TrellisMatrix):
                 return cpu.matmul(self._native, self.spec, x, activations == "int8")
             if x.dtype != torch.float64:
                 return ops.multiplied(self._native, x)
@@ -183,9 +183,9 @@ class Prepared:
             raise RbeError(f"rows: the index is {index.dtype}; convert it to torch.int64")
         if not torch.compiler.is_compiling() and self._native is not None and self._eager(index):
             ops.check_index(index, self.spec)
-            if isinstance(self._native, packed.Packed):
-                return bands.rows(self._native, index)
-            return cpu.rows(self._native, self.spec, index.to(torch.int64))
+            if isinstance(self._native, cpu.TrellisMatrix):
+                return cpu.rows(self._native, self.spec, index.to(torch.int64))
+            return bands.rows(self._native, index)
         y: Tensor = self._calls().rows(index, *self.tensors, ops.text(self.spec))
         return y
 

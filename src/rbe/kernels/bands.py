@@ -96,7 +96,7 @@ def gradient(source: Source, x: Tensor, y: Tensor) -> Gradients:
     x, y = turned(x, source.spec.rotation[1]), turned(y, source.spec.rotation[0])
     sums = no_sums(source)
     for rows in source.cuts(TILE):
-        source.contract(rows, _factored(source, rows, y[:, rows].T @ x), sums)
+        source.contract(rows, factored(source, rows, y[:, rows].T @ x), sums)
     return finish(source, sums)
 
 
@@ -107,7 +107,7 @@ def gradient_of_dense(source: Source, g: Tensor) -> Gradients:
         g = turned(g.T, source.spec.rotation[0]).T
     sums = no_sums(source)
     for rows in source.cuts(TILE):
-        source.contract(rows, _factored(source, rows, g[rows].clone()), sums)
+        source.contract(rows, factored(source, rows, g[rows].clone()), sums)
     return finish(source, sums)
 
 
@@ -123,7 +123,7 @@ def gradient_of_rows(source: Source, index: Tensor, g: Tensor) -> Gradients:
         if low < high:  # bands whose rows nobody looked up cost nothing
             band = g.new_zeros(rows.stop - rows.start, g.shape[1])
             band.index_add_(0, index[low:high] - rows.start, g[low:high])
-            source.contract(rows, _factored(source, rows, band), sums)
+            source.contract(rows, factored(source, rows, band), sums)
     return finish(source, sums)
 
 
@@ -132,7 +132,7 @@ def no_sums(source: Source) -> Tensor:
     return source.tensors.seeds.new_zeros(source.spec.blocks, source.spec.stages, 3, dtype=torch.float64)
 
 
-def _factored(source: Source, rows: slice, g: Tensor) -> Tensor:
+def factored(source: Source, rows: slice, g: Tensor) -> Tensor:
     """g (rows, columns) times the factors of its rows, in place."""
     row_scale = source.tensors.row_scale
     return g if row_scale is None else g.mul_(row_scale[rows, None].to(g.dtype))

@@ -22,6 +22,7 @@ FUSED_ROWS = {"portable": 8, "avx2": 32, "avx512": 48, "amx": 1 << 30}
 TILE = 1 << 20
 NARROW = 256
 
+TrellisMatrix = _cpu.TrellisMatrix
 set_tier = _cpu.set_tier
 tier = _cpu.tier
 tier_available = _cpu.tier_available

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from rbe import formats
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
-from rbe.kernels import bands, cpu, packed
+from rbe.kernels import bands, cpu, outer_cpu, packed
 from rbe.kernels.formulas import Calls, Formulas
 from rbe.kernels.reference import Definition
 from rbe.kernels.tensors import Tensors
@@ -26,7 +26,7 @@ from rbe.kernels.tensors import Tensors
 T = TypeVar("T")
 
 
-def _exact(body: Callable[..., T]) -> Callable[..., T]:
+def exact(body: Callable[..., T]) -> Callable[..., T]:
     """A body outside of autocast, which would round the factors of the products in it."""
 
     @wraps(body)
@@ -77,7 +77,9 @@ def precision(tensors: Tensors, *others: Tensor) -> torch.dtype:
 
 def in_cpp(spec: SeedSpec, tensors: Tensors) -> bool:
     """Whether the C++ kernels take this matrix, where a call's precision allows it."""
-    return spec.format != "outer128" and tensors.seeds.device.type == "cpu" and precision(tensors) == torch.float32
+    if spec.format == "outer128" and tensors.d_radius is not None:
+        return False  # a direction is the definition's affair
+    return tensors.seeds.device.type == "cpu" and precision(tensors) == torch.float32
 
 
 def contiguous(tensors: Tensors) -> Tensors:
@@ -89,8 +91,23 @@ def source(spec: SeedSpec, tensors: Tensors, *others: Tensor) -> bands.Source:
     """What generates the matrix for a call with `others`."""
     dtype = precision(tensors, *others)
     if dtype == torch.float32 and formats.is_disk(spec.format) and in_cpp(spec, tensors):
-        return packed.Packed(spec, contiguous(tensors))
+        kernel = outer_cpu.Outer if spec.format == "outer128" else packed.Packed
+        return kernel(spec, contiguous(tensors))
     return Definition(spec, tensors, dtype)
+
+
+def room(by: bands.Source) -> Any:
+    """The module with the `matmul` and `decode` of what generates a matrix."""
+    return {packed.Packed: packed, outer_cpu.Outer: outer_cpu}.get(type(by), bands)
+
+
+def backward(by: bands.Source, x: Tensor | None, y: Tensor, by_x: bool) -> tuple[Tensor | None, bands.Gradients | None]:
+    """Derivatives by x, where `by_x`, and by radius, angle and scale, where x is given."""
+    if isinstance(by, packed.Packed):
+        return packed.backward(by, x, y, by_x)
+    if isinstance(by, outer_cpu.Outer):
+        return outer_cpu.backward(by, x, y, by_x)[:2]
+    return bands.matmul_transposed(by, y) if by_x else None, None if x is None else bands.gradient(by, x, y)
 
 
 def _trellis(spec: SeedSpec, tensors: Tensors) -> bool:
@@ -104,7 +121,7 @@ def _native(spec: SeedSpec, tensors: Tensors) -> tuple[Any, Tensors]:
 
 
 @torch.library.custom_op("rbe::decode", mutates_args=())
-@_exact
+@exact
 def decode(
     seeds: Tensor,
     scale: Tensor,
@@ -120,7 +137,8 @@ def decode(
         matrix, _kept = _native(about, tensors)
         return cpu.decode(matrix, about)
     by = source(about, tensors)
-    return packed.decode(by) if isinstance(by, packed.Packed) else bands.decode(by)
+    w: Tensor = room(by).decode(by)
+    return w
 
 
 @decode.register_fake
@@ -129,7 +147,7 @@ def _(seeds: Tensor, *args: Any) -> Tensor:
 
 
 @torch.library.custom_op("rbe::rows", mutates_args=())
-@_exact
+@exact
 def rows(
     index: Tensor,
     seeds: Tensor,
@@ -164,7 +182,7 @@ def check_index(index: Tensor, spec: SeedSpec) -> None:
 
 
 @torch.library.custom_op("rbe::seed_matmul", mutates_args=())
-@_exact
+@exact
 def seed_matmul(
     x: Tensor,
     seeds: Tensor,
@@ -184,11 +202,11 @@ def seed_matmul(
     return multiplied(source(about, tensors, x), x)
 
 
-@_exact
+@exact
 def multiplied(matrix: bands.Source, x: Tensor) -> Tensor:
     """x (..., columns) times a matrix that comes in bands, in x's dtype."""
     flat = x.to(matrix.dtype).reshape(-1, matrix.spec.shape[1])
-    y = packed.matmul(matrix, flat) if isinstance(matrix, packed.Packed) else bands.matmul(matrix, flat)
+    y: Tensor = room(matrix).matmul(matrix, flat)
     return y.reshape(*x.shape[:-1], matrix.spec.shape[0]).to(x.dtype)
 
 
@@ -198,7 +216,7 @@ def _(x: Tensor, *args: Any) -> Tensor:
 
 
 @torch.library.custom_op("rbe::seed_matmul_transposed", mutates_args=())
-@_exact
+@exact
 def seed_matmul_transposed(
     y: Tensor,
     seeds: Tensor,
@@ -216,7 +234,7 @@ def seed_matmul_transposed(
         return cpu.matmul_transposed(matrix, about, y)
     by = source(about, tensors, y)
     flat = y.to(by.dtype).reshape(-1, about.shape[0])
-    x = packed.backward(by, None, flat, True)[0] if isinstance(by, packed.Packed) else bands.matmul_transposed(by, flat)
+    x = backward(by, None, flat, True)[0]
     assert x is not None
     return x.reshape(*y.shape[:-1], about.shape[1]).to(y.dtype)
 
@@ -227,7 +245,7 @@ def _(y: Tensor, *args: Any) -> Tensor:
 
 
 @torch.library.custom_op("rbe::seed_gradient", mutates_args=())
-@_exact
+@exact
 def seed_gradient(
     x: Tensor,
     y: Tensor,
@@ -246,13 +264,13 @@ def seed_gradient(
         return scale.new_empty(0), scale.new_empty(0), (product.double() * y.double()).sum().to(scale.dtype)
     by = source(about, tensors, x, y)
     flat = x.to(by.dtype).reshape(-1, about.shape[1]), y.to(by.dtype).reshape(-1, about.shape[0])
-    gradients = packed.backward(by, *flat, False)[1] if isinstance(by, packed.Packed) else bands.gradient(by, *flat)
+    gradients = backward(by, *flat, False)[1]
     assert gradients is not None
     return gradients
 
 
 @torch.library.custom_op("rbe::seed_backward", mutates_args=())
-@_exact
+@exact
 def seed_backward(
     x: Tensor,
     y: Tensor,
@@ -265,12 +283,12 @@ def seed_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`seed_matmul_transposed` of y, and `seed_gradient`, in one pass over the seeds where there is one."""
     about, tensors = parsed(spec), Tensors(seeds, scale, row_scale, radius, angle)
-    by = None if about.format == "trellis" else source(about, tensors, x, y)
-    if not isinstance(by, packed.Packed):
+    if about.format == "trellis":
         by_x = seed_matmul_transposed(y, *tensors, spec)
         return by_x, *seed_gradient(x, y, *tensors[:5], spec)
+    by = source(about, tensors, x, y)
     flat = x.to(by.dtype).reshape(-1, about.shape[1]), y.to(by.dtype).reshape(-1, about.shape[0])
-    d_x, gradients = packed.backward(by, *flat, True)
+    d_x, gradients = backward(by, *flat, True)
     assert d_x is not None and gradients is not None
     return d_x.reshape(x.shape).to(y.dtype), *gradients
 
@@ -281,7 +299,7 @@ def _(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("rbe::decode_gradient", mutates_args=())
-@_exact
+@exact
 def decode_gradient(
     g: Tensor,
     seeds: Tensor,
@@ -297,7 +315,7 @@ def decode_gradient(
 
 
 @torch.library.custom_op("rbe::rows_gradient", mutates_args=())
-@_exact
+@exact
 def rows_gradient(
     index: Tensor,
     g: Tensor,
@@ -349,14 +367,14 @@ def _register() -> None:
         seed_matmul: formulas.matmul_backward,
         seed_matmul_transposed: formulas.transposed_backward,
     }
-    for op, backward in table.items():
+    for op, rule in table.items():
 
         def setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
             ctx.others = [a for a in inputs if isinstance(a, str)]
             ctx.save_for_backward(*inputs[: len(inputs) - len(ctx.others)])
 
-        def run(ctx: Any, g: Tensor, backward: Any = backward) -> Any:
-            return backward(ctx.needs_input_grad, (*ctx.saved_tensors, *ctx.others), g)
+        def run(ctx: Any, g: Tensor, rule: Any = rule) -> Any:
+            return rule(ctx.needs_input_grad, (*ctx.saved_tensors, *ctx.others), g)
 
         op.register_autograd(run, setup_context=setup)
 

@@ -13,10 +13,10 @@ from rbe import formats, kernels
 from rbe.disk import check_angle, check_radius
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec, outer128
-from rbe.kernels import outer
+from rbe.kernels import latent
 from rbe.matrix import SeedMatrix
 from rbe.nn.init import fresh_points, unit_scale
-from rbe.nn.latents import LATENT, fresh_latents, signs_of
+from rbe.nn.latents import LATENT, fresh_latents
 from rbe.outliers import BYTES, Outliers
 
 ACTIVATIONS = ("float32", "int8")
@@ -248,7 +248,7 @@ class Seeded(nn.Module):
         else:
             bits, scale, row_scale, radius, angle = self._open_tensors()
             if formats.disk(spec.format).SIGNS:
-                decode = partial(outer.decode, bits, radius, angle, scale, row_scale, spec)
+                decode = partial(latent.decode, bits, radius, angle, scale, row_scale, spec)
             else:
                 decode = partial(kernels.decode, spec, bits, scale, row_scale, radius, angle)
 
@@ -281,7 +281,7 @@ class Seeded(nn.Module):
         else:
             bits, scale, row_scale, radius, angle = self._open_tensors()
             if formats.disk(self.spec.format).SIGNS:
-                y = outer.matmul(x, bits, radius, angle, scale, row_scale, self.spec)
+                y = latent.matmul(x, bits, radius, angle, scale, row_scale, self.spec)
             else:
                 y = kernels.seed_matmul(x, self.spec, bits, scale, row_scale, self.activations, radius, angle)
         outliers = self.outliers
@@ -296,17 +296,17 @@ class Seeded(nn.Module):
         else:
             bits, scale, row_scale, radius, angle = self._open_tensors()
             if formats.disk(self.spec.format).SIGNS:
-                rows = outer.rows(index, bits, radius, angle, scale, row_scale, self.spec)
+                rows = latent.rows(index, bits, radius, angle, scale, row_scale, self.spec)
             else:
                 rows = kernels.rows(index, self.spec, bits, scale, row_scale, radius, angle)
         outliers = self.outliers
         return rows if outliers is None else outliers.add_to_rows(rows, index)
 
     def _open_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        """(code or signs, scale, row_scale, radius, angle), as the kernels take them."""
+        """(code or latent, scale, row_scale, radius, angle), as the kernels take them."""
         check_radius(self.radius, "radius of a layer")
         check_angle(self.angle, "angle of a layer")
-        bits = signs_of(self.latent) if formats.disk(self.spec.format).SIGNS else self.code
+        bits = self.latent if formats.disk(self.spec.format).SIGNS else self.code
         return bits, self.scale, self.row_scale, self.radius, self.angle
 
     def read_code(self) -> Tensor:

@@ -6,11 +6,13 @@ namespace nb = nanobind;
 
 void bind_encoder(nb::module_& m);
 void bind_kernels(nb::module_& m);
+void bind_outer(nb::module_& m);
 void bind_packed(nb::module_& m);
 
 NB_MODULE(_cpu, m) {
     m.doc() = "C++ kernels of rbe.";
     bind_encoder(m);
     bind_kernels(m);
+    bind_outer(m);
     bind_packed(m);
 }
