@@ -48,7 +48,7 @@ def test_bytes_left_over_go_to_whom_they_fit() -> None:
 def test_gradients_tell_what_noise_does() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8, bias=False))
-    model[0].weight.data.mul_(torch.linspace(0.2, 2, 40)[:, None])  # rows of different size, on which more or less hangs
+    model[0].weight.data.mul_(torch.linspace(0.2, 2, 40)[:, None])  # rows of different size
     model[2].weight.data.mul_(torch.linspace(0.2, 2, 8)[:, None])
     x = torch.randn(256, 24)
     weights = {"0.weight": False, "2.weight": True}
