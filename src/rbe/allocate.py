@@ -1,6 +1,7 @@
 """Which tensor becomes seeds, in which format and rate, and which stays as it is, with the reason."""
 
 import difflib
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +10,8 @@ from typing import Any, Literal, Self, TypedDict
 
 from rbe import formats
 from rbe.errors import RbeError
-from rbe.formats import SeedSpec
+from rbe.formats import Rate, SeedSpec
+from rbe.metrics import shannon_floor
 from rbe.nn.swap import Site, matches
 from rbe.outliers import BYTES
 from rbe.shards import FLOATS, SIZES
@@ -186,7 +188,9 @@ def label(spec: SeedSpec, outliers: float = 0.0) -> str:
     """
     more = f" + {100 * outliers:.2g} %" if outliers else ""
     if not formats.is_disk(spec.format):
-        return f"{spec.format} {spec.bits:g} bit{more}"
+        rates = [f"{bits:g}" for _, bits in spec.grades]
+        steps = f" ({', '.join(rates)})" if rates else ""
+        return f"{spec.format} {spec.bits:.4g} bit{steps}{more}"
     words = [spec.format]
     words += [spec.mode] if spec.mode else []
     words += [f"Q0.{spec.precision}"] if spec.format == "packed64" and spec.precision != 32 else []
@@ -195,13 +199,24 @@ def label(spec: SeedSpec, outliers: float = 0.0) -> str:
     return f"{' '.join(words)}, {spec.bits:.3g} bit{more}"
 
 
+def floor(spec: SeedSpec) -> float:
+    """The least relative squared error of Gaussian weights at the rate of a matrix, 2^(-2R); of grades, their mean.
+
+    >>> floor(formats.make_spec("trellis", (64, 64), bits=2))
+    0.0625
+
+    Source: Shannon's rate-distortion bound.
+    """
+    return sum(shannon_floor(part.bits) * part.blocks for _, part in spec.parts) / spec.blocks
+
+
 def seed_bytes(spec: SeedSpec, row_scale: bool = False, outliers: int = 0) -> int:
     """Bytes of the stored tensors of a seed matrix: seeds, scale, row scales and outliers.
 
     >>> seed_bytes(SeedSpec("trellis", (40, 33), bits=2.0))
     580
     """
-    seeds = 8 * formats.get(spec.format).words(spec) * spec.blocks
+    seeds = 8 * math.prod(formats.seeds_shape(spec))
     return seeds + 4 + (2 * spec.shape[0] if row_scale else 0) + BYTES * outliers
 
 
@@ -211,7 +226,7 @@ def make_plan(
     *,
     bits: float | None = None,
     embeddings_bits: float | None = None,
-    rates: Mapping[str, float] | None = None,
+    rates: Mapping[str, Rate] | None = None,
     format: str = "trellis",
     block: int | None = 16,
     window: int = 16,
@@ -234,7 +249,8 @@ def make_plan(
         bits: rate of linear layers, bits per weight; None is 2 for a trellis. The other formats have the rate of their
             block, and refuse another.
         embeddings_bits: rate of embeddings, and of heads tied to them; None is `bits`, 0 keeps them as they are.
-        rates: shell patterns of tensor or module names, with the rate of what they fit; of several, the last one.
+        rates: shell patterns of tensor or module names, with the rate of what they fit; of several, the last one. The
+            rate of an embedding may be grades, ((2048, 3), (None, 1)): bits up to a row, and of the rest.
         format, block, window, mode, precision, stages: of all seeds, as in `SeedSpec`.
         outliers: share of every matrix, its largest weights, that is kept beside the seeds as float16 with positions;
             None keeps those that are extreme in linear layers of a trellis.
@@ -270,6 +286,8 @@ def make_plan(
         if not reason and rate == 0:
             reason = "embeddings are kept" if site.kind == "embedding" else "its rate is 0"
         if not reason and site.kind != "keep":
+            if isinstance(rate, tuple):
+                rate = _graded(name, rate, site)
             spec = formats.make_spec(shape=site.shape, bits=rate, window=window, **form)
             if outliers is not None:
                 count = round(outliers * spec.shape[0] * spec.shape[1])
@@ -285,6 +303,19 @@ def make_plan(
             reason = f"too thin: seeds would take {entry.nbytes} bytes of {entry.source_bytes}"
         entries.append(Entry(name, "keep", shape, dtype, reason=reason))
     return Plan(tuple(_together(entries, modules or {})))
+
+
+def _graded(name: str, grades: tuple[tuple[int | None, float], ...], site: Site) -> Rate:
+    """Grades that fit the rows of a table.
+
+    Raises:
+        RbeError: it is no embedding, whose rows alone mean something.
+    """
+    if site.kind != "embedding":
+        raise RbeError(f"rates: {name} is no embedding, and only the rows of one can have several rates: give one")
+    rows = site.shape[0]
+    inside = tuple(grade for grade in grades[:-1] if grade[0] is not None and grade[0] < rows)
+    return (*inside, (rows, grades[len(inside)][1]))
 
 
 def _together(entries: list[Entry], modules: Mapping[str, Site]) -> Iterator[Entry]:
@@ -322,12 +353,13 @@ def usual_rate(bits: float | None, form: Form) -> float | None:
 
 
 def _rates(
-    form: Form, window: int, bits: float | None, embeddings_bits: float | None, rates: Mapping[str, float]
-) -> Callable[[str, str], float | None]:
+    form: Form, window: int, bits: float | None, embeddings_bits: float | None, rates: Mapping[str, Rate]
+) -> Callable[[str, str], Rate | None]:
     """What gives the rate of (tensor, kind): 0 to keep it, None where the block decides; all rates are offered."""
-    given = {"bits": bits, "embeddings_bits": embeddings_bits, **{f"rate of {k!r}": v for k, v in rates.items()}}
+    every = {"bits": bits, "embeddings_bits": embeddings_bits, **{f"rate of {k!r}": v for k, v in rates.items()}}
     block = form["block"]
-    for name, rate in given.items():
+    given = [(name, bits) for name, rate in every.items() for bits in _single(name, rate)]
+    for name, rate in given:
         if rate is None or (rate == 0 and embeddings_bits == 0):
             continue
         if not isinstance(rate, Real):
@@ -351,13 +383,34 @@ def _rates(
         side = max(1, block) if isinstance(block, int) else 16  # the specification refuses any other
         formats.make_spec(shape=(side, side), window=window, **form)
 
-    def rate_of(name: str, kind: str) -> float | None:
+    def rate_of(name: str, kind: str) -> Rate | None:
         chosen = [rate for pattern, rate in rates.items() if matches(name.removesuffix(".weight"), [pattern])]
-        rate = embeddings_bits if kind == "embedding" and embeddings_bits is not None else bits
+        rate: Any = embeddings_bits if kind == "embedding" and embeddings_bits is not None else bits
         rate = chosen[-1] if chosen else rate
+        if isinstance(rate, list | tuple):
+            return tuple((end, float(one)) for end, one in rate)
         return None if rate is None or (formats.is_disk(form["format"]) and rate != 0) else float(rate)
 
     return rate_of
+
+
+def _single(name: str, rate: Any) -> list[Any]:
+    """The rates of a table's grades, or the one that there is.
+
+    Raises:
+        RbeError: grades that do not rise, or are no pairs.
+    """
+    if not isinstance(rate, list | tuple):
+        return [rate]
+    try:
+        ends = [end for end, _ in rate]
+        rising = all(type(a) is int and 0 < a < b for a, b in itertools.pairwise([*ends[:-1], ends[-1] or math.inf]))
+        whole = all(end % 16 == 0 for end in ends[:-1])
+        if not ends or not rising or not whole:
+            raise ValueError("their ends must rise, in steps of 16 rows")
+        return [bits for _, bits in rate]
+    except (TypeError, ValueError, IndexError) as cause:
+        raise RbeError(f"{name}: {rate!r} are no grades, such as ((2048, 3), (None, 1)): {cause}") from cause
 
 
 def _check_patterns(names: Iterable[str], include: Sequence[str], exclude: Sequence[str], rates: Sequence[str]) -> None:

@@ -32,8 +32,9 @@ def random_tokens(
     tokens: int | None = None,
     seed: int = 0,
     together: int | None = None,
+    uniform: float = 0.5,
 ) -> Iterator[dict[str, Tensor]]:
-    """Random sequences: half the tokens uniform, half with a probability that falls like 1 / rank.
+    """Random sequences: some of the tokens uniform, the others with a probability that falls like 1 / rank.
 
     Tokenizers number their tokens roughly from frequent to rare, so the rank stands for the frequency.
 
@@ -47,6 +48,7 @@ def random_tokens(
         tokens: how many there are together, about; default `TOKENS`.
         seed: the same gives the same sequences.
         together: most tokens of a batch; default 2,048.
+        uniform: share of the tokens that are uniform.
 
     Yields:
         {"input_ids", "attention_mask"}, both int64 (sequences, length).
@@ -62,8 +64,8 @@ def random_tokens(
         for first in range(0, rows, max(1, together // length)):
             shape = (min(rows - first, max(1, together // length)), inside)
             frequent = (float(count) ** torch.rand(shape, generator=g, dtype=torch.float64)).long() - 1
-            uniform = torch.randint(count, shape, generator=g)
-            rank = torch.where(torch.rand(shape, generator=g) < 0.5, frequent, uniform).clamp_(0, count - 1)
+            even = torch.randint(count, shape, generator=g)
+            rank = torch.where(torch.rand(shape, generator=g) < uniform, even, frequent).clamp_(0, count - 1)
             around = [torch.tensor(ids, dtype=torch.int64).expand(shape[0], len(ids)) for ids in (start, end)]
             ids = torch.cat((around[0], known[rank], around[1]), 1)
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

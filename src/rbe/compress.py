@@ -1,5 +1,6 @@
 """`compress_`: a live torch model, its layers replaced by seed layers in place; `decompress_`: the way back."""
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
@@ -13,7 +14,7 @@ from rbe.allocate import Entry, Form, Plan, make_plan, usual_rate
 from rbe.budget import MIDDLE, allocate_bits, fixed_rates
 from rbe.checkpoint import FORMAT_VERSION, METHOD
 from rbe.errors import RbeError
-from rbe.formats import SeedSpec
+from rbe.formats import Rate, SeedSpec
 from rbe.matrix import SeedMatrix
 from rbe.nn import Seeded, swap
 from rbe.outliers import Outliers
@@ -28,7 +29,7 @@ def plan_model(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     embeddings_bits: float | None = None,
-    rates: Mapping[str, float] | None = None,
+    rates: Mapping[str, Rate] | None = None,
     outliers: float | None = None,
     **form: Unpack[Form],
 ) -> tuple[Plan, dict[str, swap.Site]]:
@@ -104,7 +105,8 @@ def encode_entry(
         weight if outliers is None else outliers.taken_from(weight),
         effort=effort,
         row_scale=entry.row_scale,
-        seed=seed,
+        # Rotations of its own: what an encoder does to every matrix in the same way must not add up over the layers.
+        seed=seed + zlib.crc32(entry.name.encode()),
         threads=threads,
         progress=progress,
         moments=moments,
@@ -116,7 +118,7 @@ def encode_entry(
 def _options(spec: SeedSpec, rotate: bool | str) -> dict[str, Any]:
     """What the encoder of a format is asked for."""
     if not formats.is_disk(spec.format):
-        return {"format": spec.format, "bits": spec.bits, "window": spec.window, "rotate": rotate}
+        return {"format": spec.format, "bits": spec.grades or spec.bits, "window": spec.window, "rotate": rotate}
     # Smooth blocks are what these formats can hold; a rotation would make noise of them.
     form = {"format": spec.format, "block": spec.block, "mode": spec.mode, "stages": spec.stages}
     return {**form, "precision": spec.precision, "rotate": False}
@@ -129,7 +131,7 @@ def compress_(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     embeddings_bits: float | None = None,
-    rates: Mapping[str, float] | None = None,
+    rates: Mapping[str, Rate] | None = None,
     progress: Callable[[int, int], object] | None = None,
     threads: int | None = None,
     *,
@@ -168,7 +170,8 @@ def compress_(
             All second moments are held at once, 8 columns^2 bytes a layer.
         allocate: `bits` is then the mean of the rates, and each matrix gets one by how much the model's answer hangs on
             it (`rbe.sensitivity`): "random" or inputs, as for `calibrate`. What `rates` or `embeddings_bits` name keeps
-            the rate given there.
+            the rate given there. The table of input tokens gets several: more for its first rows, which tokenizers
+            give to frequent tokens.
 
     Returns:
         the plan that was carried out; printing it shows every tensor, and why one was kept.
@@ -229,20 +232,23 @@ def _spread(
     plan: Plan,
     mean: float,
     embeddings_bits: float | None,
-    given: Mapping[str, float],
+    given: Mapping[str, Rate],
     inputs: str | Iterable[Any],
-) -> dict[str, float]:
+) -> dict[str, Rate]:
     """Rates by pattern: what is given, and for every other matrix one by how much the model's answer hangs on it."""
     if any(entry.spec is not None and formats.is_disk(entry.spec.format) for entry in plan.seeded):
         raise RbeError("compress: allocate is for the trellis; packed formats have one rate: leave it out")
     allocate_bits(plan, {}, mean)  # refuses a mean out of range before the long work
     weights = {entry.name: entry.row_scale for entry in plan.seeded}
-    batches = _inputs(model, inputs, "allocate", tokens=sensitivity.TOKENS, together=sensitivity.TOGETHER)
+    batches = _inputs(model, inputs, "allocate", **sensitivity.INPUTS)
     found = sensitivity.sensitivities(model, weights, batches)
-    return {**allocate_bits(plan, found, mean, fixed_rates(embeddings_bits, given)), **given}
+    embed: Any = getattr(model, "get_input_embeddings", None)
+    table = None if embed is None else embed().weight
+    graded = [entry.name for entry in plan.seeded if table is not None and model.get_parameter(entry.name) is table]
+    return {**allocate_bits(plan, found, mean, fixed_rates(embeddings_bits, given), graded), **given}
 
 
-def _inputs(model: nn.Module, inputs: str | Iterable[Any], option: str, **options: int) -> Iterable[Any]:
+def _inputs(model: nn.Module, inputs: str | Iterable[Any], option: str, **options: Any) -> Iterable[Any]:
     """What to call the model with."""
     if isinstance(inputs, str):
         embed: Any = getattr(model, "get_input_embeddings", None)

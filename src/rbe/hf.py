@@ -28,7 +28,7 @@ from rbe.allocate import Entry
 from rbe.checkpoint.write import header_metadata
 from rbe.compress import encode_entry, plan_model
 from rbe.errors import RbeError
-from rbe.formats import SeedSpec
+from rbe.formats import Rate, SeedSpec
 from rbe.mixing import fmix32
 from rbe.nn import Seeded, set_activations, swap
 from rbe.source import Names, architecture
@@ -66,7 +66,7 @@ class RbeConfig(QuantizationConfigMixin):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         embeddings_bits: float | None = None,
-        rates: Mapping[str, float] | None = None,
+        rates: Mapping[str, Rate] | None = None,
         format: str = "trellis",
         block: int | None = 16,
         mode: str | None = None,

@@ -41,7 +41,7 @@ class SeedMatrix:
     def __post_init__(self) -> None:
         definition = formats.get(self.spec.format)
         definition.check(self.spec)
-        expected = (self.spec.blocks, definition.words(self.spec))
+        expected = formats.seeds_shape(self.spec)
         if self.seeds.dtype != torch.int64 or tuple(self.seeds.shape) != expected:
             raise RbeError(
                 f"SeedMatrix: seeds are {self.seeds.dtype} {tuple(self.seeds.shape)}, but a {self.spec.shape} matrix "
@@ -150,7 +150,7 @@ class SeedMatrix:
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
 
     @cached_property
-    def _ready(self) -> kernels.Prepared:
+    def _ready(self) -> kernels.Prepared | kernels.Graded:
         """Made on first use; the fields never change, and changes in place are seen."""
         return kernels.prepare(self.spec, self.seeds, self.scale, self.row_scale)
 

@@ -16,15 +16,15 @@ from torch.nn.functional import normalize
 from rbe.calibrate import answer_of, call
 from rbe.errors import RbeError
 
-# Tokens of random sequences that are read; twice as many moved no rate of a sentence encoder by more than half a bit.
-TOKENS = 6144
-# Tokens of a batch of them: every batch is one draw of a direction, and few draws are noisy.
-TOGETHER = 256
+# Random sequences to read: options of `rbe.calibrate.random_tokens`. Twice as many tokens moved no rate of a sentence
+# encoder by more than half a bit. Every batch is one draw of a direction, and few draws are noisy. Ranks alone decide
+# how often a token is drawn, because the rows of the table of tokens are compared with one another.
+INPUTS: dict[str, Any] = {"tokens": 6144, "together": 256, "uniform": 0.0}
 # Rows of answers that are compared with each other.
 _TOGETHER = 8
 
 
-def sensitivities(model: nn.Module, weights: Mapping[str, bool], batches: Iterable[Any]) -> dict[str, float]:
+def sensitivities(model: nn.Module, weights: Mapping[str, bool], batches: Iterable[Any]) -> dict[str, Tensor]:
     """Mean squared change of the answer that a relative squared error of 1 of each weight matrix would make.
 
     The answer is what `rbe eval` compares: the predicted distribution of a language model (the change is then twice the
@@ -33,8 +33,8 @@ def sensitivities(model: nn.Module, weights: Mapping[str, bool], batches: Iterab
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
     >>> found = sensitivities(model, {"0.weight": False, "1.weight": False}, [torch.randn(50, 8)])
-    >>> found["1.weight"] > 0
-    True
+    >>> found["1.weight"].shape, bool(found["1.weight"] > 0)
+    (torch.Size([]), True)
 
     Args:
         model: runs forward and backward on one batch at a time; it is not changed.
@@ -42,14 +42,17 @@ def sensitivities(model: nn.Module, weights: Mapping[str, bool], batches: Iterab
         batches: what the model is called with: a mapping of arguments, a tuple of them, or one tensor.
 
     Returns:
-        by name, per sequence or row of the answer; 0 for a matrix that the answer does not hang on.
+        by name, per sequence or row of the answer: float64, 0-d, or (rows,) where errors are in proportion to each row;
+        0 for a matrix that the answer does not hang on.
 
     Raises:
         RbeError: the model cannot be run on a batch, or an answer or gradient is not finite.
     """
     known = dict(model.named_parameters(remove_duplicate=False))
     chosen = {name: known[name] for name in weights}
-    sums = dict.fromkeys(weights, 0.0)
+    sums = {
+        name: torch.zeros(len(chosen[name]) if by_row else (), dtype=torch.float64) for name, by_row in weights.items()
+    }
     rows = 0
     generator = torch.Generator().manual_seed(0)
 
@@ -88,20 +91,20 @@ def sensitivities(model: nn.Module, weights: Mapping[str, bool], batches: Iterab
                 f"allocate: {type(model).__name__} cannot be run on the inputs ({cause}); give allocate= inputs that "
                 "it takes, or leave it out"
             ) from cause
-    if not all(0 <= total < float("inf") for total in sums.values()):
+    if not all(bool(total.isfinite().all()) for total in sums.values()):
         raise RbeError("allocate: the model's answers or gradients are NaN or infinite; the model is damaged")
     if rows == 0:
         raise RbeError("allocate: there are no inputs; give some, or 'random'")
     return {name: total / rows for name, total in sums.items()}
 
 
-def _change(grad: Tensor, weight: Tensor, by_row: bool) -> float:
-    """Mean squared change of the objective by noise with the energy of the weight."""
+def _change(grad: Tensor, weight: Tensor, by_row: bool) -> Tensor:
+    """Mean squared change of the objective by noise with the energy of the weight, or of each of its rows."""
     # Rows of a convolution's or a transposed weight differ from those of its matrix: noise that is even does not care.
     slope, energy = grad.flatten(1).double().square().sum(1), weight.flatten(1).double().square().sum(1)
-    entries = weight.numel() // len(weight)
-    total = (slope * energy).sum() / entries if by_row else slope.sum() * energy.sum() / weight.numel()
-    return total.item()
+    if by_row:
+        return slope * energy * (len(weight) / weight.numel())
+    return slope.sum() * energy.sum() / weight.numel()
 
 
 def _answer(output: Any, batch: Any, generator: torch.Generator) -> Tensor:

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from rbe.errors import RbeError
-from rbe.formats import SeedSpec
+from rbe.formats import SeedSpec, make_spec, seeds_shape
+from rbe.kernels.ops import parsed
 
 
 def test_round_trip_through_json() -> None:
@@ -48,3 +49,60 @@ def test_nonsense_is_refused(change: dict) -> None:
 def test_damaged_json_is_refused(damage: dict) -> None:
     with pytest.raises(RbeError, match="no seed specification"):
         SeedSpec.from_json(damage)
+
+
+GRADES = ((32, 3.0), (64, 0.5), (75, 1.5))
+
+
+def test_grades_survive_json_and_text() -> None:
+    spec = make_spec("trellis", (75, 50), bits=GRADES)
+    assert spec.bits == (2 * 3.0 + 2 * 0.5 + 1.5) / 5
+    assert SeedSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert parsed(spec.text) == spec
+    assert "grades" not in SeedSpec("trellis", (75, 50), bits=2.0).to_json()
+
+
+def test_parts_cover_the_rows() -> None:
+    spec = make_spec("trellis", (75, 50), bits=GRADES, rotation=(0, 5))
+    assert [(rows.start, rows.stop, part.bits) for rows, part in spec.parts] == [
+        (0, 32, 3.0),
+        (32, 64, 0.5),
+        (64, 75, 1.5),
+    ]
+    assert all(part.rotation == (0, 5) and part.shape[0] == rows.stop - rows.start for rows, part in spec.parts)
+    # 2 and 2 and 1 block rows of 4 blocks, at 6, 1 and 3 half bits.
+    assert seeds_shape(spec) == (4 * (2 * 6 + 2 * 1 + 1 * 3), 2)
+    assert make_spec("trellis", (75, 50), bits=((75, 2.0),)) == make_spec("trellis", (75, 50), bits=2)
+
+
+@pytest.mark.parametrize(
+    "grades",
+    [
+        ((32, 3.0), (64, 1.0)),
+        ((30, 3.0), (75, 1.0)),
+        ((32, 3.0), (32, 2.0), (75, 1.0)),
+        ((48, 3.0), (32, 2.0), (75, 1.0)),
+        ((0, 3.0), (75, 1.0)),
+        ((-16, 3.0), (75, 1.0)),
+        ((32, 7.0), (75, 1.0)),
+        ((32, float("nan")), (75, 1.0)),
+        (("a", 3.0), (75, 1.0)),
+        ((32, 3.0, 1), (75, 1.0)),
+        ((32, "x"), (75, 1.0)),
+        (),
+    ],
+)
+def test_bad_grades_are_refused(grades: tuple) -> None:
+    with pytest.raises(RbeError, match=r"grade|trellis"):
+        make_spec("trellis", (75, 50), bits=grades)
+
+
+def test_grades_need_rows_that_stand_alone() -> None:
+    with pytest.raises(RbeError, match="stand alone"):
+        make_spec("trellis", (75, 50), bits=GRADES, rotation=(3, 5))
+    with pytest.raises(RbeError, match="not the mean"):
+        SeedSpec("trellis", (75, 50), bits=2.0, grades=GRADES)
+    with pytest.raises(RbeError, match="packed64: grades"):
+        SeedSpec.check_rate(SeedSpec("packed64", (75, 50), bits=1.7, grades=GRADES), 1)
+    with pytest.raises(RbeError, match="no seed specification"):
+        SeedSpec.from_json({**SeedSpec("trellis", (75, 50), bits=2.0).to_json(), "grades": [[32, "x"]]})

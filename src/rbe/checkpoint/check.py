@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rbe import metrics, shards
-from rbe.allocate import label
+from rbe import shards
+from rbe.allocate import floor, label
 from rbe.checkpoint.folder import (
     CONFIG,
     Folder,
@@ -70,7 +70,7 @@ class Row:
     @property
     def floor(self) -> float | None:
         """Shannon floor of the error at the nominal rate; None for a kept tensor."""
-        return None if self.bits is None else metrics.shannon_floor(self.bits)
+        return None if self.spec is None else floor(self.spec)
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def expected(module: str, spec: SeedSpec, row_scale: bool, outliers: int = 0) ->
     {'a.seeds': ('I64', (9, 8)), 'a.scale': ('F32', ())}
     """
     stored: dict[str, tuple[str, tuple[int, ...]]] = {
-        f"{module}.seeds": ("I64", (spec.blocks, formats.get(spec.format).words(spec))),
+        f"{module}.seeds": ("I64", formats.seeds_shape(spec)),
         f"{module}.scale": ("F32", ()),
     }
     if row_scale:

@@ -122,8 +122,8 @@ def version(
         raise typer.Exit
 
 
-def _rates(given: Sequence[str]) -> dict[str, float]:
-    """The rates of `--rate PATTERN=BITS`.
+def _rates(given: Sequence[str]) -> dict[str, Any]:
+    """The rates of `--rate PATTERN=BITS`, or `PATTERN=ROW:BITS,...,BITS` for a table.
 
     Raises:
         RbeError: one is not written so.
@@ -132,12 +132,21 @@ def _rates(given: Sequence[str]) -> dict[str, float]:
     for text in given:
         pattern, _, bits = text.rpartition("=")
         try:
-            found[pattern] = float(bits)
+            found[pattern] = float(bits) if ":" not in bits else tuple(_grade(grade) for grade in bits.split(","))
         except ValueError:
             pattern = ""
         if not pattern:
-            raise RbeError(f"--rate {text}: write PATTERN=BITS, for instance '*.attention.*=3'")
+            raise RbeError(
+                f"--rate {text}: write PATTERN=BITS, for instance '*.attention.*=3', or, for embeddings, the bits up "
+                "to certain rows and those of the rest, '*word_embeddings=2048:3,8192:1.5,1'"
+            )
     return found
+
+
+def _grade(text: str) -> tuple[int | None, float]:
+    """(end row, bits); no row is the last one."""
+    end, _, bits = text.rpartition(":")
+    return int(end) if end else None, float(bits)
 
 
 def _block(text: str) -> int | None:

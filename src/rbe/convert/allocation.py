@@ -3,11 +3,13 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rbe import __version__, shards
 from rbe.allocate import Plan
 from rbe.budget import allocate_bits, fixed_rates
 from rbe.convert.calibration import Calibration
+from rbe.formats import Rate
 
 _FILE = "allocation.json"
 
@@ -25,14 +27,14 @@ class Allocation:
         plan: Plan,
         bits: float,
         embeddings_bits: float | None,
-        given: Mapping[str, float],
+        given: Mapping[str, Rate],
     ) -> None:
         self.asked, self.plan, self.bits = asked, plan, bits
         self.embeddings_bits, self.given = embeddings_bits, dict(given)
         self.identity = asked.identity
-        self._rates: dict[str, float] = {}
+        self._rates: dict[str, Rate] = {}
 
-    def rates(self, work: Path) -> dict[str, float]:
+    def rates(self, work: Path) -> dict[str, Rate]:
         """Rates by pattern, for `make_plan`: those of an earlier, interrupted run where there are some.
 
         Sums of gradients are rounded differently by another number of threads: found anew, a rate could differ.
@@ -43,12 +45,13 @@ class Allocation:
         allocate_bits(self.plan, {}, self.bits)  # refuses a mean out of range before the long work
         try:
             known = json.loads((work / _FILE).read_text(encoding="utf-8"))
-            found = known["rates"] if known["key"] == self._key() else None
-        except (OSError, ValueError, KeyError, TypeError):
+            found = {k: _rate(v) for k, v in known["rates"].items()} if known["key"] == self._key() else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             found = None
         if found is None:
             fixed = fixed_rates(self.embeddings_bits, self.given)
-            found = allocate_bits(self.plan, self.asked.sensitivities(self.plan), self.bits, fixed)
+            sensitivities, graded = self.asked.sensitivities(self.plan), self.asked.token_table(self.plan)
+            found = allocate_bits(self.plan, sensitivities, self.bits, fixed, graded)
         self._rates = found
         return {**found, **self.given}
 
@@ -60,3 +63,8 @@ class Allocation:
         about = {"source": self.asked.dense.fingerprint(), "plan": self.plan.to_json(), "bits": self.bits}
         about |= {"embeddings_bits": self.embeddings_bits, "rates": self.given}
         return shards.canonical_digest({**about, "inputs": self.identity, "version": __version__})
+
+
+def _rate(known: Any) -> Rate:
+    """A rate from JSON, which knows no tuples."""
+    return tuple((end, float(bits)) for end, bits in known) if isinstance(known, list) else float(known)

@@ -69,13 +69,13 @@ class Calibration:
                 ) from cause
         return self._model
 
-    def _batches(self, tokens: int | None = None, together: int | None = None) -> Any:
-        """Inputs of so many tokens; random ones with at most `together` tokens a batch."""
+    def _batches(self, tokens: int | None = None, **options: Any) -> Any:
+        """Inputs of so many tokens; random ones with these options of `calibrate.random_tokens`."""
         config = self._model.config
         known = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
         context = min([2048, *(k for k in known if k)])
         if self.lines is None:
-            return calibrate.random_tokens(self.vocabulary, self.tokenizer, context, tokens, together=together)
+            return calibrate.random_tokens(self.vocabulary, self.tokenizer, context, tokens, **options)
         return calibrate.text_tokens(self.lines, self.tokenizer, context, tokens)
 
     def moments(self, names: Collection[str]) -> dict[str, Tensor]:
@@ -86,16 +86,24 @@ class Calibration:
         found = calibrate.second_moments(model, sorted(set(paths.values())), self._batches())
         return {name: found[path] for name, path in paths.items() if path in found}
 
-    def sensitivities(self, plan: Plan) -> dict[str, float]:
+    def sensitivities(self, plan: Plan) -> dict[str, Tensor]:
         """How much the model's answer hangs on each matrix of a plan, by name in the source; layers alone are asked."""
         model = self._load()
         translate = Names(model)
         known = dict(model.named_parameters(remove_duplicate=False))
         paths = {e.name: f"{translate.module(e.name)}.weight" for e in plan.seeded if e.name.endswith(".weight")}
         weights = {paths[e.name]: e.row_scale for e in plan.seeded if paths.get(e.name) in known}
-        inputs = self._batches(sensitivity.TOKENS, sensitivity.TOGETHER)
+        inputs = self._batches(**sensitivity.INPUTS)
         found = sensitivity.sensitivities(model, weights, inputs)
         return {name: found[path] for name, path in paths.items() if path in found}
+
+    def token_table(self, plan: Plan) -> list[str]:
+        """The entry of the plan that is the table of input tokens, if there is one."""
+        model = self._load()
+        translate = Names(model)
+        known = dict(model.named_parameters(remove_duplicate=False))
+        table = model.get_input_embeddings().weight
+        return [e.name for e in plan.seeded if known.get(f"{translate.module(e.name)}.weight") is table]
 
     def turns(self, jobs: Sequence[Job]) -> list[list[Job]]:
         """The jobs, in order, in parts whose moments fit into memory together."""

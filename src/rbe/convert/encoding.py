@@ -16,7 +16,6 @@ from rbe.compress import encode_entry
 from rbe.convert.journal import Journal
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
-from rbe.metrics import shannon_floor
 from rbe.shards import Stored
 
 # Sides of the matrix that is encoded to estimate the time.
@@ -154,7 +153,7 @@ def _encode(
 def summary(entry: Entry, record: Mapping[str, Any]) -> Encoded:
     spec = SeedSpec.from_json(record["spec"])
     nbytes = allocate.seed_bytes(spec, entry.row_scale, entry.outliers)
-    return Encoded(entry.name, spec, nbytes, record["error"], shannon_floor(spec.bits), record["seconds"])
+    return Encoded(entry.name, spec, nbytes, record["error"], allocate.floor(spec), record["seconds"])
 
 
 def estimate(jobs: Sequence[Job], workers: int) -> float:
@@ -165,7 +164,7 @@ def estimate(jobs: Sequence[Job], workers: int) -> float:
     sample = torch.randn(_SAMPLE, _SAMPLE, generator=torch.Generator().manual_seed(0))
     form: Form = {"format": spec.format, "block": spec.block, "mode": spec.mode}
     form |= {"precision": spec.precision, "stages": spec.stages}
-    bits = None if formats.is_disk(spec.format) else spec.bits
+    bits = None if formats.is_disk(spec.format) else next(part.bits for _, part in spec.parts)
     small = formats.make_spec(shape=(_SAMPLE, _SAMPLE), bits=bits, window=spec.window, **form)
     entry = Entry("sample", "linear", (_SAMPLE, _SAMPLE), "F32", small)
     took = []

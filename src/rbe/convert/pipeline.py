@@ -19,6 +19,7 @@ from rbe.convert.calibration import Calibration
 from rbe.convert.encoding import Encoded, Job, Progress, encode_all, estimate, summary
 from rbe.convert.journal import Journal
 from rbe.errors import RbeError
+from rbe.formats import Rate
 from rbe.search.viterbi import EFFORTS
 from rbe.source import Source
 
@@ -86,7 +87,7 @@ def compress(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     embeddings_bits: float | None = None,
-    rates: Mapping[str, float] | None = None,
+    rates: Mapping[str, Rate] | None = None,
     seed: int = 0,
     threads: int | None = None,
     workers: int = 1,
@@ -120,7 +121,8 @@ def compress(
             and up to 1 GiB of second moments. The bytes can depend on the number of threads of torch.
         allocate: `bits` is then the mean of the trellis rates, and each matrix gets a rate by how much the model's
             answer hangs on it: "random" asks the dense model with random tokens, a path with the sentences of a text.
-            Matrices that `rates` or `embeddings_bits` name keep the rate given there.
+            Matrices that `rates` or `embeddings_bits` name keep the rate given there. The table of input tokens gets
+            several rates: more for its first rows, which tokenizers give to frequent tokens.
         seed: of the rotations.
         threads: of each encoder; by default the cores are shared out among the workers.
         workers: matrices encoded at a time, by joblib; its `parallel_config` chooses threads, processes or machines.

@@ -1,5 +1,6 @@
 """Seed formats: one module a format, each the definition of what its seeds mean."""
 
+import operator
 from dataclasses import replace
 from typing import Protocol
 
@@ -7,9 +8,24 @@ from torch import Tensor
 
 from rbe.errors import RbeError
 from rbe.formats import outer128, packed64, packed128, trellis
-from rbe.formats.spec import SeedSpec
+from rbe.formats.spec import Grades, SeedSpec, mean_bits
 
-__all__ = ["DISK_FORMATS", "FORMATS", "DiskFormat", "SeedFormat", "SeedSpec", "disk", "get", "is_disk", "make_spec"]
+__all__ = [
+    "DISK_FORMATS",
+    "FORMATS",
+    "DiskFormat",
+    "Rate",
+    "SeedFormat",
+    "SeedSpec",
+    "disk",
+    "get",
+    "is_disk",
+    "make_spec",
+    "seeds_shape",
+]
+
+# Bits a weight, or (end row, bits) of each grade of a matrix; no end is the last row.
+Rate = float | tuple[tuple[int | None, float], ...]
 
 
 class SeedFormat(Protocol):
@@ -93,7 +109,7 @@ def make_spec(
     format: str,
     shape: tuple[int, int],
     *,
-    bits: float | None = None,
+    bits: Rate | None = None,
     block: int | None = 16,
     window: int = 16,
     rotation: tuple[int, int] = (0, 0),
@@ -108,7 +124,8 @@ def make_spec(
 precision=32, stages=1)
 
     Args:
-        bits: trellis: the rate, 2 when left out; the other formats have the rate of their block, and refuse another.
+        bits: trellis: the rate, 2 when left out, or grades, ((end row, bits), ...), where rows have different rates;
+            the other formats have the rate of their block, and refuse another.
         block, window, rotation, mode, precision, stages: as in `SeedSpec`.
 
     Raises:
@@ -117,10 +134,46 @@ precision=32, stages=1)
     definition = get(format)
     if format == "packed128" and mode is None:
         mode = "radial"
+    sides = (int(shape[0]), int(shape[1]))
+    grades = _grades(bits, sides[0]) if isinstance(bits, tuple) else ()
+    if isinstance(bits, tuple):
+        bits = mean_bits(grades, block or 1) if len(grades) > 1 else grades[0][1]
+    grades = grades if len(grades) > 1 else ()
     nominal = 2.0 if bits is None else float(bits)
-    spec = SeedSpec(format, (int(shape[0]), int(shape[1])), nominal, block, window, rotation, mode, precision, stages)
+    spec = SeedSpec(format, sides, nominal, block, window, rotation, mode, precision, stages, grades)
     if is_disk(format) and bits is None:
         height, width = spec.block_shape
         spec = replace(spec, bits=64.0 * definition.words(spec) / (height * width))
     definition.check(spec)
     return spec
+
+
+def _grades(given: tuple[tuple[int | None, float], ...], rows: int) -> Grades:
+    """Grades as a specification has them.
+
+    Raises:
+        RbeError: they are no pairs of an end and a rate, or do not reach the last row.
+    """
+    try:
+        grades = tuple((rows if end is None else operator.index(end), float(rate)) for end, rate in given)
+    except (TypeError, ValueError) as cause:
+        raise RbeError(
+            f"make_spec: grades {given!r} are not ((end row, bits), ...), such as ((2048, 3), ({rows}, 1)): {cause}"
+        ) from cause
+    if not grades or grades[-1][0] != rows:
+        raise RbeError(f"make_spec: grades {given!r} do not end at the last of the {rows} rows")
+    return grades
+
+
+def seeds_shape(spec: SeedSpec) -> tuple[int, int]:
+    """Shape of a matrix's seeds: (blocks, words); of a graded one (half bits a block, 2), one grade after the other.
+
+    >>> seeds_shape(make_spec("trellis", (40, 20), bits=2))
+    (6, 8)
+    >>> seeds_shape(make_spec("trellis", (40, 20), bits=((16, 3), (40, 1))))
+    (20, 2)
+    """
+    words = get(spec.format).words
+    if not spec.grades:
+        return spec.blocks, words(spec)
+    return sum(part.blocks * words(part) for _, part in spec.parts) // 2, 2

@@ -8,6 +8,7 @@ ceil(w (t + 1) / 2), newest bit highest, multiplies them by a 32-bit constant an
 At w = 1 ... 8 that is w / 2 bits a weight. 16 neighbours in the stream are the 16 rows of one column.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from numbers import Real
 
@@ -75,7 +76,8 @@ def rate(bits: float) -> int:
 
 def check(spec: SeedSpec) -> None:
     """Refuse a specification that this format cannot generate."""
-    rate(spec.bits)
+    for _, part in spec.parts:
+        rate(part.bits)
     if spec.block != BLOCK:
         raise RbeError(f"trellis: block {spec.block} is not offered; this format has blocks of {BLOCK}")
     if spec.window not in WINDOWS:
@@ -87,8 +89,30 @@ def check(spec: SeedSpec) -> None:
 
 
 def words(spec: SeedSpec) -> int:
-    """64-bit words a block."""
+    """64-bit words a block, of a matrix that is not graded."""
     return 2 * rate(spec.bits)
+
+
+def grades(seeds: Tensor, spec: SeedSpec) -> Iterator[tuple[slice, Tensor, SeedSpec]]:
+    """(rows, seeds (blocks, words), specification) of every grade of a graded matrix; the seeds are views.
+
+    Args:
+        seeds: int64 (units, 2): all blocks of the first grade, then those of the next; a unit is half a bit a weight.
+
+    Raises:
+        RbeError: the seeds do not fit the specification.
+    """
+    units = sum(part.blocks * words(part) for _, part in spec.parts) // 2
+    if seeds.dtype != torch.int64 or tuple(seeds.shape) != (units, 2):
+        raise RbeError(
+            f"trellis: seeds are {seeds.dtype} {tuple(seeds.shape)}, but grades {spec.grades} of a {spec.shape} matrix "
+            f"take int64 {(units, 2)}"
+        )
+    start = 0
+    for rows, part in spec.parts:
+        stop = start + part.blocks * words(part) // 2
+        yield rows, seeds[start:stop].reshape(part.blocks, words(part)), part
+        start = stop
 
 
 def check_seeds(seeds: Tensor, spec: SeedSpec) -> None:
@@ -162,7 +186,7 @@ def generate(seeds: Tensor, spec: SeedSpec) -> Tensor:
     torch.Size([1, 16, 16])
 
     Args:
-        seeds: int64 (blocks, 2 w).
+        seeds: int64 (blocks, 2 w); of a graded matrix (units, 2), as in `grades`.
 
     Returns:
         int64 (blocks, 16, 16), row then column, values in [-510, 510].
@@ -173,6 +197,8 @@ def generate(seeds: Tensor, spec: SeedSpec) -> Tensor:
     Source: design 3.4.
     """
     check(spec)
+    if spec.grades:
+        return torch.cat([generate(some, part) for _, some, part in grades(seeds, spec)])
     w = rate(spec.bits)
     if seeds.dtype != torch.int64 or seeds.ndim != 2 or seeds.shape[1] != 2 * w:
         raise RbeError(

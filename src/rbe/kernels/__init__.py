@@ -16,13 +16,13 @@ from torch import Tensor
 
 from rbe import formats
 from rbe.errors import RbeError
-from rbe.formats import SeedSpec
+from rbe.formats import SeedSpec, trellis
 from rbe.kernels import bands, cpu, functions, ops, reference
 from rbe.kernels.cpu import tier
 from rbe.kernels.formulas import Calls
 from rbe.kernels.tensors import Tensors, plain, unobserved
 
-__all__ = ["Prepared", "Tensors", "decode", "prepare", "reference", "rows", "seed_matmul", "tier"]
+__all__ = ["Graded", "Prepared", "Tensors", "decode", "prepare", "reference", "rows", "seed_matmul", "tier"]
 
 ACTIVATIONS = ("float32", "int8")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -207,6 +207,77 @@ class Prepared:
         return unobserved() and plain(x)
 
 
+class Graded:
+    """A matrix whose rows have several rates, ready: one `Prepared` a grade, whose answers are put together.
+
+    >>> spec = formats.make_spec("trellis", (40, 20), bits=((32, 3.0), (40, 1.0)))
+    >>> tensors = torch.zeros(28, 2, dtype=torch.int64), torch.tensor(1.0), None
+    >>> ready = prepare(spec, *tensors)
+    >>> ready.matmul(torch.ones(20)).shape, ready.rows(torch.tensor([[39], [0]])).shape
+    (torch.Size([40]), torch.Size([2, 1, 20]))
+    """
+
+    __slots__ = ("_parts", "_seeds", "spec", "tensors")
+
+    def __init__(self, spec: SeedSpec, tensors: Tensors) -> None:
+        self.spec, self.tensors = spec, tensors
+        seeds, scale, row_scale = tensors[:3]
+        self._seeds = 0 if torch.compiler.is_compiling() else seeds.data_ptr()
+        self._parts = [
+            (rows, Prepared(part, Tensors(some, scale, None if row_scale is None else row_scale[rows])))
+            for rows, some, part in trellis.grades(seeds, spec)
+        ]
+
+    def __reduce__(self) -> tuple[type["Graded"], tuple[Any, ...]]:
+        return Graded, (self.spec, self.tensors)
+
+    def fits(self, seeds: Tensor, scale: Tensor, row_scale: Tensor | None) -> bool:
+        """As of `Prepared`."""
+        mine = self.tensors
+        same = seeds is mine.seeds and scale is mine.scale and row_scale is mine.row_scale
+        return same and self._seeds == seeds.data_ptr()
+
+    def decode(self) -> Tensor:
+        """As the function `decode`."""
+        return torch.cat([part.decode() for _, part in self._parts])
+
+    def matmul(self, x: Tensor, activations: str = "float32") -> Tensor:
+        """As `seed_matmul`."""
+        return torch.cat([part.matmul(x, activations) for _, part in self._parts], -1)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """As the function `rows`."""
+        if index.dtype not in (torch.int64, torch.int32):
+            raise RbeError(f"rows: the index is {index.dtype}; convert it to torch.int64")
+        if torch.compiler.is_compiling() or not plain(index):
+            return self._rows_of_each(index)
+        ops.check_index(index, self.spec)
+        flat = index.reshape(-1)
+        made: Tensor | None = None
+        for rows, part in self._parts:
+            where = ((flat >= rows.start) & (flat < rows.stop)).nonzero()[:, 0]
+            if len(where) == len(flat):
+                return part.rows(index - rows.start)
+            if len(where):
+                found = part.rows(flat[where] - rows.start)
+                made = found.new_empty(len(flat), found.shape[1]) if made is None else made
+                made.index_copy_(0, where, found)
+        assert made is not None
+        return made.reshape(*index.shape, self.spec.shape[1])
+
+    def _rows_of_each(self, index: Tensor) -> Tensor:
+        """The same for compilers, which cannot look at the values of an index: every grade answers, one is believed."""
+        out: Tensor | None = None
+        for rows, part in self._parts:
+            # Rows of other grades become some row of this one; those of none are left for the operation to refuse.
+            least = None if out is None else 0
+            most = None if rows.stop == self.spec.shape[0] else rows.stop - rows.start - 1
+            mine = part.rows((index - rows.start).clamp(least, most))
+            out = mine if out is None else torch.where((index >= rows.start)[..., None], mine, out)
+        assert out is not None
+        return out
+
+
 def prepare(
     spec: SeedSpec,
     seeds: Tensor,
@@ -214,7 +285,7 @@ def prepare(
     row_scale: Tensor | None,
     radius: Tensor | None = None,
     angle: Tensor | None = None,
-) -> Prepared:
+) -> Prepared | Graded:
     """Check the tensors of a matrix once, for many products.
 
     Raises:
@@ -222,7 +293,7 @@ def prepare(
     """
     tensors = Tensors(seeds, scale, row_scale, radius, angle)
     _check_tensors(spec, tensors)
-    return Prepared(spec, tensors)
+    return Graded(spec, tensors) if spec.grades else Prepared(spec, tensors)
 
 
 _FLOATS = (torch.float32, torch.float64)
@@ -230,10 +301,9 @@ _FLOATS = (torch.float32, torch.float64)
 
 def _check_tensors(spec: SeedSpec, tensors: Tensors) -> None:
     """Refuse what the kernels, which trust their pointers, must never see."""
-    definition = formats.get(spec.format)
-    definition.check(spec)
+    formats.get(spec.format).check(spec)
     seeds, scale, row_scale, radius, angle, _, _ = tensors
-    expected, what = (spec.blocks, definition.words(spec)), "seeds"
+    expected, what = formats.seeds_shape(spec), "seeds"
     if radius is not None or angle is not None:
         if not formats.is_disk(spec.format):
             raise RbeError(f"kernels: {spec.format} has no radius and angle; give its seeds alone")

@@ -55,7 +55,8 @@ def parsed(line: str) -> SeedSpec:
     >>> parsed("packed128 20 33 0.5 None 16 0 0 radial 32 2").block is None
     True
     """
-    format, rows, columns, bits, block, window, out_seed, in_seed, mode, precision, stages = line.split()
+    format, rows, columns, bits, block, window, out_seed, in_seed, mode, precision, stages, *more = line.split()
+    grades = [grade.split(":") for grade in more[0].split(",")] if more else []
     return SeedSpec(
         format,
         (int(rows), int(columns)),
@@ -66,6 +67,7 @@ def parsed(line: str) -> SeedSpec:
         None if mode == "None" else mode,
         int(precision),
         int(stages),
+        tuple((int(end), float(rate)) for end, rate in grades),
     )
 
 

@@ -34,6 +34,8 @@ class Definition:
         """The blocks (blocks, h, w) of some block rows, or their derivative along the direction of the tensors."""
         t, columns = self.tensors, self.spec.grid[1]
         some = slice(first * columns, last * columns)
+        if self.spec.grades:  # their blocks differ in words
+            return formats.get(self.spec.format).generate(t.seeds, self.spec)[some].to(self.dtype)
         if not formats.is_disk(self.spec.format):
             return formats.get(self.spec.format).generate(t.seeds[some], self.spec).to(self.dtype)
         parts = self._blocks(first, last)

@@ -1,5 +1,6 @@
 """What a module stands for and what it stores: weights, bytes of seeds, bytes of everything."""
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def count(module: nn.Module) -> Count:
         if isinstance(part, Seeded) and part.owner is part:
             rows, columns = part.spec.shape
             matrix, vector = (matrix + rows * columns, vector) if columns > 1 else (matrix, vector + rows)
-            here = 8 * part.spec.blocks * formats.get(part.spec.format).words(part.spec)
+            here = 8 * math.prod(formats.seeds_shape(part.spec))
             seeds += here
             beside = (part.row_scale, part.outlier_index, part.outlier_values)
             whole += here + 4 + sum(t.numel() * t.element_size() for t in beside if t is not None)

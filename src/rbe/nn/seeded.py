@@ -1,5 +1,6 @@
 """What every seed layer shares: stored tensors of fixed dtype, and a weight that exists only while asked for."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -71,14 +72,13 @@ class Seeded(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        definition = formats.get(spec.format)
-        definition.check(spec)
+        formats.get(spec.format).check(spec)
         self.spec = spec
         self.transposed = transposed
         self.fresh_rms = (3 * spec.shape[1]) ** -0.5 if rms is None else rms
         self.weight_dtype = dtype or torch.get_default_dtype()
         self.activations = "float32"
-        self._prepared: kernels.Prepared | None = None
+        self._prepared: kernels.Prepared | kernels.Graded | None = None
         self._outliers: Outliers | None = None
         # Set by `listening`: what is to hear of the gradient of the dense matrix.
         self._listener: Callable[[Tensor], None] | None = None
@@ -99,7 +99,7 @@ class Seeded(nn.Module):
                 scale,
             )
         else:
-            seeds = torch.empty((spec.blocks, definition.words(spec)), dtype=torch.int64, device=device)
+            seeds = torch.empty(formats.seeds_shape(spec), dtype=torch.int64, device=device)
             self.register_buffer("seeds", seeds)
             self.register_buffer("scale", scale)
         self.register_buffer("row_scale", factor)
@@ -331,7 +331,7 @@ class Seeded(nn.Module):
         if matrix.outliers is not None:
             self.outlier_index, self.outlier_values = matrix.outliers.index, matrix.outliers.values
 
-    def _ready(self) -> kernels.Prepared:
+    def _ready(self) -> kernels.Prepared | kernels.Graded:
         """The matrix, checked once and ready for the kernels; made anew when a tensor was moved or replaced."""
         owner = self._owner[0] if self._owner else self
         tensors = owner._buffers
@@ -417,7 +417,7 @@ class Seeded(nn.Module):
 
     def _describe(self) -> str:
         spec = self.spec
-        stored = 8 * spec.blocks * formats.get(spec.format).words(spec) + 4
+        stored = 8 * math.prod(formats.seeds_shape(spec)) + 4
         stored += 0 if self.row_scale is None else 2 * spec.shape[0]
         stored += 0 if self.outlier_index is None else BYTES * len(self.outlier_index)
         rate = 8 * stored / (spec.shape[0] * spec.shape[1])

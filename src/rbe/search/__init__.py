@@ -6,8 +6,10 @@ from torch import Tensor
 
 from rbe import formats
 from rbe.errors import RbeError
+from rbe.formats import Rate
 from rbe.matrix import SeedMatrix
 from rbe.search.disk import encode_disk
+from rbe.search.graded import encode_grades
 from rbe.search.viterbi import encode_trellis
 
 __all__ = ["encode"]
@@ -16,7 +18,7 @@ __all__ = ["encode"]
 def encode(
     W: Tensor,
     format: str = "trellis",
-    bits: float | None = None,
+    bits: Rate | None = None,
     effort: str = "balanced",
     rotate: bool | str | None = None,
     row_scale: bool = False,
@@ -44,8 +46,9 @@ def encode(
     Args:
         W: (rows, columns), rows being outputs as in torch; any real floating dtype, finite.
         format: "trellis", "packed64", "packed128" or "outer128".
-        bits: rate of a trellis, in bits per weight: 0.5 to 4 in steps of a half, 2 when left out. The rate of the other
-            formats follows from block and stages.
+        bits: rate of a trellis, in bits per weight: 0.5 to 4 in steps of a half, 2 when left out. For a table whose
+            first rows count most it may be ((end row, bits), ...), with row_scale and without rotation of the output
+            side. The rate of the other formats follows from block and stages.
         effort: "fast", "balanced" or "best". Trellis: 2^12 states, 2^16, or 2^16 from several starting points;
             packed128: how finely profiles are searched and refined, and how often several stages are fitted again.
         rotate: True rotates both sides, which makes the weights Gaussian; "in" the feature side only, so that a row can
@@ -74,6 +77,8 @@ def encode(
     """
     formats.get(format)
     if formats.is_disk(format):
+        if isinstance(bits, tuple):
+            raise RbeError(f"encode: grades {bits} belong to a trellis; {format} has the rate of its block")
         if window not in (None, 16):  # 16 is what a specification without a trellis says
             raise RbeError(f"encode: window={window} belongs to a trellis; {format} has none")
         if moments is not None:
@@ -100,6 +105,10 @@ def encode(
             "it has blocks of 16 and one stage: choose its rate by bits"
         )
     turned = True if rotate is None else rotate
+    if isinstance(bits, tuple):
+        if moments is not None:
+            raise RbeError("encode: moments and grades do not go together; give one of them")
+        return encode_grades(W, bits, effort, turned, row_scale, seed, window, threads, progress)
     return encode_trellis(
         W, 2 if bits is None else bits, effort, turned, row_scale, seed, window, threads, progress, moments
     ).matrix
