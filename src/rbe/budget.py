@@ -4,6 +4,7 @@ Errors of different matrices add up in the model's answer, each with its own wei
 makes an error about half as large. So the bits go where the next one takes most off the sum, until none are left.
 """
 
+import glob
 import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -93,7 +94,7 @@ def allocate_bits(
         fixed: entries that keep their rate and are not counted.
 
     Returns:
-        rates by module path, as `rates` of `make_plan` takes them.
+        rates by pattern, each of one module path, as `rates` of `make_plan` takes them.
 
     Raises:
         RbeError: the mean is below the lowest rate or above the highest, or not a number.
@@ -110,7 +111,7 @@ def allocate_bits(
         total += at[1.0] + (at[2.0] - at[1.0]) * (bits - 1.0)
         sizes[name] = {rate: size for rate, size in at.items() if LEAST_GAIN * size <= entry.source_bytes}
     chosen = spread({name: sensitivities[name] for name in free}, sizes, total)
-    return {free[name].module: rate for name, rate in chosen.items()}
+    return {glob.escape(free[name].module): rate for name, rate in chosen.items()}
 
 
 def fixed_rates(embeddings_bits: float | None, given: Mapping[str, float]) -> Callable[[Entry], bool]:
