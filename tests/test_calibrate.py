@@ -161,3 +161,99 @@ def test_bad_models_and_inputs() -> None:
     assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
     with pytest.raises(RbeError, match="no line"):
         list(calibrate.text_tokens(["", " "], lambda line, verbose: {"input_ids": []}))
+
+
+class Around(nn.Module):
+    """Two layers with something of a user's own around them."""
+
+    def __init__(self, run) -> None:
+        super().__init__()
+        self.a, self.b, self.run = nn.Linear(16, 16), nn.Linear(16, 16), run
+
+    def forward(self, x: torch.Tensor):
+        return self.run(self, x)
+
+
+def test_layers_may_be_called_by_name_and_change_their_outputs_in_place() -> None:
+    x = [torch.randn(30, 16, generator=torch.Generator().manual_seed(0))]
+    ways = (
+        lambda m, x: m.b(m.a(x).relu()),
+        lambda m, x: m.b(input=m.a(input=x).relu()),
+        lambda m, x: m.b(m.a(x).relu_()),
+    )
+    torch.manual_seed(0)
+    model = Around(ways[0])
+    plain, *others = [calibrate.second_moments(model, ["a", "b"], x) for model.run in ways]
+    for found in others:
+        assert all(torch.equal(plain[name], found[name]) for name in plain)
+    with torch.inference_mode():  # where a user may stand
+        assert torch.equal(calibrate.second_moments(model, ["a"], x)["a"], plain["a"])
+
+
+def test_an_input_that_is_gone_is_not_taken_for_what_stands_in_its_place() -> None:
+    model = Around(lambda m, x: (h := x + 0, y := m.a(h), h.add_(1), m.b(y))[-1])
+    with pytest.raises(RbeError, match="changes the input of a in place"):
+        calibrate.second_moments(model, ["a", "b"], [torch.randn(30, 16)])
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        (lambda m, x: _raise(KeyError("k")), "cannot be run .*KeyError"),
+        (lambda m, x: _raise(AssertionError()), "cannot be run .*AssertionError"),
+        (lambda m, x: {}, "cannot be run"),
+        (lambda m, x: m.a(x).detach(), "no gradient"),
+        (lambda m, x: m.a(x).argmax(-1), "no gradient"),
+    ],
+)
+def test_models_that_tell_nothing(run, words: str) -> None:
+    model = Around(run)
+    model.a.eval()
+    with pytest.raises(RbeError, match=words):
+        compress_(model, effort="fast", include=["a"], calibrate=[torch.randn(3, 16)])
+    assert model.training and not model.a.training and model.b.training and type(model.a) is nn.Linear
+
+
+@pytest.mark.parametrize("inputs", [[], 3, [torch.randn(0, 64)]])
+def test_inputs_that_are_none(inputs) -> None:
+    with pytest.raises(RbeError, match=r"no inputs|cannot be run"):
+        compress_(nn.Sequential(nn.Linear(64, 64)), effort="fast", calibrate=inputs)
+
+
+@pytest.mark.parametrize("option", ["calibrate", "allocate"])
+def test_an_encoder_with_a_decoder_and_positions_behind_a_padding_index(tmp_path: Path, option: str) -> None:
+    sizes = {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4}
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+    t5.save_pretrained(tmp_path / "t5")
+    plain = convert.compress(tmp_path / "t5", tmp_path / "plain", bits=2, effort="fast", fingerprint=lambda _: {})
+    done = convert.compress(
+        tmp_path / "t5", tmp_path / "out", bits=2, effort="fast", fingerprint=lambda _: {}, **{option: "random"}
+    )
+    assert _bytes(done.path) != _bytes(plain.path)
+    roberta = transformers.RobertaConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=18, pad_token_id=1,
+    )  # fmt: skip
+    assert compress_(transformers.RobertaModel(roberta), effort="fast", **{option: "random"}).seeded
+
+
+@pytest.mark.parametrize("option", ["calibrate", "allocate"])
+def test_models_without_tokens(option: str) -> None:
+    config = transformers.ResNetConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[1, 1])
+    with pytest.raises(RbeError, match="does not fit a ResNetModel"):
+        compress_(transformers.ResNetModel(config), **{option: "random"})
+
+
+def test_a_line_without_end_is_not_read_whole() -> None:
+    seen = []
+
+    def tokenizer(line: str, verbose: bool) -> dict[str, list[int]]:
+        seen.append(len(line))
+        return {"input_ids": [1] * len(line.split())}
+
+    batches = list(calibrate.text_tokens(["word " * 1_000_000], tokenizer, context=1024))
+    assert [tuple(b["input_ids"].shape) for b in batches] == [(1, 256)] and seen[0] < 100_000

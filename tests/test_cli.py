@@ -15,7 +15,9 @@ import torch
 pytest.importorskip("transformers", reason="the models are transformers models")
 typer_testing = pytest.importorskip("typer.testing", reason="the command line is built on typer")
 
-from rbe import checkpoint, convert, metrics, profile  # noqa: E402
+from conftest import TEXT  # noqa: E402
+
+from rbe import calibrate, checkpoint, convert, metrics, profile, sensitivity  # noqa: E402
 from rbe.cli import show, trial, work  # noqa: E402
 from rbe.cli.app import app  # noqa: E402
 from rbe.errors import RbeError  # noqa: E402
@@ -438,6 +440,29 @@ def test_rate_of_a_pattern(bert: Path, tmp_path: Path) -> None:
     bits = {row.name: row.bits for row in checkpoint.inspect(tmp_path / "out") if row.kind != "keep"}
     assert {b for name, b in bits.items() if ".attention." in name} == {3}
     assert {b for name, b in bits.items() if ".attention." not in name} == {2}
+
+
+@pytest.mark.parametrize("option", ["--allocate", "--calibrate"])
+def test_the_dense_model_is_run_first(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    monkeypatch.setattr(calibrate, "TOKENS", 1024)
+    monkeypatch.setitem(sensitivity.INPUTS, "tokens", 1024)
+    (tmp_path / "text.txt").write_text("\n".join(TEXT))
+    bits = ("--bits", "2.2" if option == "--allocate" else "2")
+    weights = set()
+    for number, how in enumerate(("random", tmp_path / "text.txt", None)):
+        more = () if how is None else (option, how)
+        rate = bits if how is not None else ()
+        told = rbe_json("compress", bert, tmp_path / str(number), *rate, *more, "--effort", "fast")
+        rates = {entry["spec"]["bits"] for entry in told["encoded"]}
+        assert len(rates) == 1 if how is None or option == "--calibrate" else len(rates) > 1
+        weights |= {file.read_bytes() for file in (tmp_path / str(number)).glob("*.safetensors")}
+        assert rbe_json("verify", tmp_path / str(number), bert)["ok"]
+    assert len(weights) == 3
+    assert told["nbytes"] < rbe_json("inspect", tmp_path / "0")["bytes"] or option == "--calibrate"
+    refused("compress", bert, tmp_path / "out", option, tmp_path / "none.txt", says=f"{option[2:]}: ")
+    refused("compress", bert, tmp_path / "out", option, "random", "--format", "packed64", says="trellis")
+    refused("compress", bert / "model.safetensors", tmp_path / "out", option, "random", says="cannot be run")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("text", ["attention", "=3", "*.attention.*=three"])

@@ -178,6 +178,41 @@ def test_bad_inputs() -> None:
     assert model[0].weight.requires_grad
 
 
+def test_one_input_or_matrices_without_effect_tell_nothing(folder: Path, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(RbeError, match="tell no matrices apart"):
+        sensitivity.sensitivities(model, {"0.weight": False}, [torch.randn(1, 16)])
+    with pytest.raises(RbeError, match="tell no matrices apart"):
+        compress_(bert(), effort="fast", allocate="random", include=["*pooler*"])
+
+
+def test_names_that_are_patterns_mean_themselves() -> None:
+    class Named(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({name: nn.Linear(64, 64), "plain": nn.Linear(64, 64)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, second = self.parts.values()
+            return first(x) + 0.1 * second(x)
+
+    found = []
+    for name in ("first", "a[0]", "*", "p?ain"):
+        torch.manual_seed(0)
+        model = Named(name)
+        plan = compress_(model, bits=2.2, effort="fast", allocate=[torch.randn(40, 64)])
+        found.append([e.spec.bits for e in plan.seeded if e.spec])
+    assert len(set(found[0])) == 2 and all(rates == found[0] for rates in found)
+
+
+def test_complaints_name_the_option_that_was_asked_for(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("A line.\n")
+    with pytest.raises(RbeError, match=r"^allocate: text needs the model's tokenizer"):
+        convert.compress(folder, tmp_path / "out", effort="fast", allocate=tmp_path / "text.txt")
+    with pytest.raises(RbeError, match="is no share"):
+        convert.compress(folder, tmp_path / "out", outliers="many")  # type: ignore[arg-type]
+
+
 def test_extreme_weights_are_kept_by_themselves(folder: Path, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Embedding(64, 64))
     model[0].weight.data[3, 4] = 9.0

@@ -267,7 +267,7 @@ def make_plan(
     _check_patterns(tensors, include, exclude, list(rates))
     form: Form = {"format": format, "block": block, "mode": mode, "precision": precision, "stages": stages}
     window = 16 if formats.is_disk(format) else window
-    if outliers is not None and not 0.0 <= outliers <= MOST_OUTLIERS:
+    if outliers is not None and not (isinstance(outliers, Real) and 0.0 <= outliers <= MOST_OUTLIERS):
         raise RbeError(f"outliers: {outliers} is no share of the weights from 0 to {MOST_OUTLIERS}; try 0.005")
     rate_of = _rates(form, window, bits, embeddings_bits, rates)
     entries = []

@@ -4,6 +4,7 @@ Errors of different matrices add up in the model's answer, each with its own wei
 makes an error about half as large. So the bits go where the next one takes most off the sum, until none are left.
 """
 
+import glob
 import heapq
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -108,7 +109,7 @@ def allocate_bits(
         graded: entries, tables of tokens, whose rows may have several rates.
 
     Returns:
-        rates by module path, as `rates` of `make_plan` takes them.
+        rates by pattern, each of one module path, as `rates` of `make_plan` takes them.
 
     Raises:
         RbeError: the mean is below the lowest rate or above the highest, or not a number.
@@ -136,7 +137,7 @@ def allocate_bits(
     by_end: dict[str, dict[int, float]] = {name: {} for name in free}
     for (name, end), rate in chosen.items():
         by_end[name][end] = rate
-    return {free[name].module: _rate(rates) for name, rates in by_end.items()}
+    return {glob.escape(free[name].module): _rate(rates) for name, rates in by_end.items()}
 
 
 def _ranges(spec: SeedSpec, graded: bool) -> list[tuple[int, int]]:

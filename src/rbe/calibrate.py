@@ -7,7 +7,7 @@ layer makes harmless, would decide everything.
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ _AT_ONCE = 2048
 # Added to the moments, as a share of their mean diagonal: directions that random tokens never take must not be free.
 DAMPING = 0.3
 _LONGEST_LINE = 256
+# Characters of a line that are looked at: far more than so many tokens have, far fewer than a file without line ends.
+_LONGEST_TEXT = 64 * _LONGEST_LINE
 _PLACEHOLDER = re.compile(r"[\[<].*(unused|reserved|extra_id).*[\]>]")
 
 
@@ -86,20 +88,22 @@ def _specials(tokenizer: Any, vocabulary: int) -> tuple[list[int], list[int], Te
 
 
 def text_tokens(
-    lines: Iterable[str], tokenizer: Any, context: int = 64, tokens: int | None = None
+    lines: Iterable[str], tokenizer: Any, context: int = 64, tokens: int | None = None, option: str = "calibrate"
 ) -> Iterator[dict[str, Tensor]]:
     """The lines of a text as a model reads them, one a batch, until there are enough tokens.
+
+    Args:
+        option: what a complaint is about.
 
     Raises:
         RbeError: there is no tokenizer, or no text.
     """
     if tokenizer is None:
-        raise RbeError(
-            "calibrate: text needs the model's tokenizer, and there is none; calibrate with 'random' instead"
-        )
+        raise RbeError(f"{option}: text needs the model's tokenizer, and there is none; give 'random' instead")
     read = 0
     for line in lines:
-        ids = tokenizer(line.strip(), verbose=False)["input_ids"] if line.strip() else []
+        line = line.strip()[:_LONGEST_TEXT]
+        ids = tokenizer(line, verbose=False)["input_ids"] if line else []
         ids = ids[: min(context, _LONGEST_LINE)]
         if len(ids) < 2:
             continue
@@ -109,7 +113,22 @@ def text_tokens(
         if read >= (TOKENS if tokens is None else tokens):
             return
     if read == 0:
-        raise RbeError("calibrate: the text has no line of two tokens or more; give sentences, one a line")
+        raise RbeError(f"{option}: the text has no line of two tokens or more; give sentences, one a line")
+
+
+def longest(config: Any, most: int) -> int:
+    """Tokens that a model of transformers reads at once, at most `most`."""
+    known = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
+    # RoBERTa-like models start their positions behind the padding index, so two of the rows are no context.
+    taken = 2 if "roberta" in str(getattr(config, "model_type", "")) else 0
+    return int(min([most, *(k - taken for k in known if k)]))
+
+
+def for_both_sides(batches: Iterable[dict[str, Tensor]], config: Any) -> Iterator[dict[str, Tensor]]:
+    """The batches, whose tokens the decoder of a model with an encoder reads too."""
+    for batch in batches:
+        both = bool(getattr(config, "is_encoder_decoder", False))
+        yield {**batch, "decoder_input_ids": batch["input_ids"]} if both else batch
 
 
 def second_moments(
@@ -133,33 +152,26 @@ def second_moments(
         Memory: these matrices, the model, and the activations of one batch.
 
     Raises:
-        RbeError: the model cannot be run on a batch, or its activations are not finite.
+        RbeError: there are no inputs, the model cannot be run on a batch, or its activations are not finite.
     """
     sums: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
-    frozen = [(p, p.requires_grad) for p in model.parameters()]
-    training = model.training
+    empty = True
     with ExitStack() as undo:
-        undo.callback(lambda: [p.requires_grad_(was) for p, was in frozen])
-        undo.callback(model.train, training)
-        model.eval()
-        for p, _ in frozen:
-            p.requires_grad_(False)
+        undo.enter_context(still(model))
         for name in layers:
-            undo.callback(model.get_submodule(name).register_forward_hook(_watch(name, sums)).remove)
-        undo.enter_context(torch.enable_grad())
+            hook = model.get_submodule(name).register_forward_hook(_watch(name, sums), with_kwargs=True)
+            undo.callback(hook.remove)
+        undo.enter_context(running(model, "calibrate"))
         for batch in batches:
-            try:
-                answer = answer_of(call(model, batch))
-            except (TypeError, ValueError, RuntimeError, IndexError) as cause:
-                raise RbeError(
-                    f"calibrate: {type(model).__name__} cannot be run on the inputs ({cause}); give calibrate= inputs "
-                    "that it takes, or leave it out"
-                ) from cause
+            empty = False
+            answer = answer_of(call(model, batch))
             if not bool(torch.isfinite(answer).all()):
                 raise RbeError("calibrate: the model's outputs are NaN or infinite; the model is damaged")
             if answer.requires_grad:
                 _objective(answer, generator).backward()  # type: ignore[no-untyped-call]
+    if empty:
+        raise RbeError("calibrate: there are no inputs; give some, or 'random'")
     for name, total in sums.items():
         mean = total.diagonal().mean()
         if not bool(torch.isfinite(total).all()):
@@ -171,20 +183,61 @@ def second_moments(
 
 
 def _watch(name: str, sums: dict[str, Tensor]) -> Any:
-    def hook(_: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+    def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
         if not output.requires_grad:
-            output.requires_grad_(True)
-        x = given[0].detach()
+            # A copy, because what follows may change it in place, which a leaf of the graph does not allow.
+            output = output.requires_grad_(True).clone()
+        x = (given[0] if given else next(iter(named.values()))).detach()
+        version = x._version
 
         def add(gradient: Tensor) -> None:
+            if x._version != version:
+                raise RbeError(
+                    f"calibrate: the model changes the input of {name} in place after the layer has read it, so that "
+                    "it is gone; exclude the layer, or leave calibrate out"
+                )
             rows = x.reshape(-1, x.shape[-1]).double()
             weight = gradient.reshape(len(rows), -1).double().square().mean(1, keepdim=True)
             part = rows.T @ (rows * weight)
             sums[name] = part if name not in sums else sums[name].add_(part)
 
         output.register_hook(add)  # type: ignore[no-untyped-call]
+        return output
 
     return hook
+
+
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation, its parameters without gradients and gradients on; afterwards it is as it was."""
+    with ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+        for p in model.parameters():
+            undo.callback(p.requires_grad_, p.requires_grad)
+            p.requires_grad_(False)
+        model.eval()
+        undo.enter_context(torch.inference_mode(False))
+        undo.enter_context(torch.enable_grad())
+        yield
+
+
+@contextmanager
+def running(model: nn.Module, option: str) -> Iterator[None]:
+    """Turn what a model raises on inputs, whatever it is, into a message.
+
+    Raises:
+        RbeError: the model raised something.
+    """
+    try:
+        yield
+    except (RbeError, MemoryError):
+        raise
+    except Exception as cause:
+        raise RbeError(
+            f"{option}: {type(model).__name__} cannot be run on the inputs ({type(cause).__name__}: {cause}); give "
+            f"{option} inputs that it takes, or leave it out"
+        ) from cause
 
 
 def call(model: nn.Module, batch: Any) -> Any:

@@ -224,6 +224,11 @@ def _moments(
         raise RbeError("compress: calibrate is for the trellis; packed formats cannot use it: leave it out")
     paths = {e.name: sites[e.name].module for e in plan.seeded if e.kind == "linear" and e.name.endswith(".weight")}
     found = statistics.second_moments(model, sorted(set(paths.values())), _inputs(model, inputs, "calibrate"))
+    if paths and not found:
+        raise RbeError(
+            f"compress: the answer of {type(model).__name__} has no gradient by the layers to be calibrated; let it "
+            "run with gradients, or leave calibrate out"
+        )
     return {name: found[path] for name, path in paths.items() if path in found}
 
 
@@ -251,16 +256,19 @@ def _spread(
 def _inputs(model: nn.Module, inputs: str | Iterable[Any], option: str, **options: Any) -> Iterable[Any]:
     """What to call the model with."""
     if isinstance(inputs, str):
-        embed: Any = getattr(model, "get_input_embeddings", None)
-        if inputs != "random" or embed is None:
+        try:
+            table: Any = model.get_input_embeddings()  # type: ignore[operator]
+            vocabulary = int(table.weight.shape[0])
+        except (AttributeError, NotImplementedError):
+            vocabulary = 0
+        if inputs != "random" or not vocabulary:
             raise RbeError(
                 f"compress: {option}={inputs!r} does not fit a {type(model).__name__}; give 'random' for a model of "
                 "tokens, or the inputs that the model is called with"
             )
         config = getattr(model, "config", None)
-        known = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings")]
-        context = min([64, *(k for k in known if k)])
-        inputs = statistics.random_tokens(int(embed().weight.shape[0]), context=context, **options)
+        batches = statistics.random_tokens(vocabulary, context=statistics.longest(config, 64), **options)
+        return statistics.for_both_sides(batches, config)
     return inputs
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rbe import metrics
+from rbe.calibrate import longest
 from rbe.errors import RbeError
 
 # Used where the user gives no text: two sentences on each of several matters, so that an encoder has something to find.
@@ -132,12 +133,8 @@ def kind_of(model: nn.Module) -> str:
 
 def context_of(model: nn.Module, tokenizer: Any = None, most: int = 2048) -> int:
     """Number of tokens the model reads at once, at most `most`."""
-    config = getattr(model, "config", None)
-    known = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
-    known += [getattr(tokenizer, "model_max_length", None)]
-    # RoBERTa-like models start their positions behind the padding index, so two of the rows are no context.
-    roberta = 2 if "roberta" in str(getattr(config, "model_type", "")) else 0
-    return int(min([most, *(k - roberta for k in known[:3] if k), *(k for k in known[3:] if k)]))
+    told = getattr(tokenizer, "model_max_length", None)
+    return longest(getattr(model, "config", None), most if not told else int(min(most, told)))
 
 
 def embed(

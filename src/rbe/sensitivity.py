@@ -6,14 +6,13 @@ of the noise times the squared norm of a gradient, so one backward pass tells it
 """
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from rbe.calibrate import answer_of, call
+from rbe.calibrate import answer_of, call, running, still
 from rbe.errors import RbeError
 
 # Random sequences to read: options of `rbe.calibrate.random_tokens`. Twice as many tokens moved no rate of a sentence
@@ -46,7 +45,8 @@ def sensitivities(model: nn.Module, weights: Mapping[str, bool], batches: Iterab
         0 for a matrix that the answer does not hang on.
 
     Raises:
-        RbeError: the model cannot be run on a batch, or an answer or gradient is not finite.
+        RbeError: the model cannot be run on a batch, an answer or gradient is not finite, or the answers hang on none
+            of the matrices.
     """
     known = dict(model.named_parameters(remove_duplicate=False))
     chosen = {name: known[name] for name in weights}
@@ -62,39 +62,34 @@ def sensitivities(model: nn.Module, weights: Mapping[str, bool], batches: Iterab
             # What moves all answers alike changes no comparison between them.
             answer = answer - answer.mean(0)
         direction = (answer * _signs(answer.shape, generator)).sum()
+        if not direction.requires_grad:
+            return
         grads = torch.autograd.grad(direction, list(chosen.values()), allow_unused=True)
         for (name, by_row), grad in zip(weights.items(), grads, strict=True):
             if grad is not None:
                 sums[name] += _change(grad, chosen[name].detach(), by_row)
 
-    with ExitStack() as undo:
-        undo.callback(model.train, model.training)
-        for p in model.parameters():
-            undo.callback(p.requires_grad_, p.requires_grad)
-            p.requires_grad_(False)
-        model.eval()
+    with still(model), running(model, "allocate"):
         for p in chosen.values():
             p.requires_grad_(True)
-        undo.enter_context(torch.enable_grad())
         waiting: list[Tensor] = []
-        try:
-            for batch in batches:
-                waiting.append(_answer(call(model, batch), batch, generator))
-                rows += len(waiting[-1])
-                if sum(map(len, waiting)) >= _TOGETHER:
-                    differentiate(waiting)
-                    waiting = []
-            if waiting:
+        for batch in batches:
+            waiting.append(_answer(call(model, batch), batch, generator))
+            rows += len(waiting[-1])
+            if sum(map(len, waiting)) >= _TOGETHER:
                 differentiate(waiting)
-        except (TypeError, ValueError, RuntimeError, IndexError) as cause:
-            raise RbeError(
-                f"allocate: {type(model).__name__} cannot be run on the inputs ({cause}); give allocate= inputs that "
-                "it takes, or leave it out"
-            ) from cause
+                waiting = []
+        if waiting:
+            differentiate(waiting)
     if not all(bool(total.isfinite().all()) for total in sums.values()):
         raise RbeError("allocate: the model's answers or gradients are NaN or infinite; the model is damaged")
     if rows == 0:
         raise RbeError("allocate: there are no inputs; give some, or 'random'")
+    if weights and not any(bool(total.any()) for total in sums.values()):
+        raise RbeError(
+            f"allocate: the answers of {type(model).__name__} tell no matrices apart: they hang on none of them, or "
+            "there is only one input to compare; give more inputs, look at include and exclude, or leave allocate out"
+        )
     return {name: total / rows for name, total in sums.items()}
 
 

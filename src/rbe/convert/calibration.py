@@ -72,11 +72,12 @@ class Calibration:
     def _batches(self, tokens: int | None = None, **options: Any) -> Any:
         """Inputs of so many tokens; random ones with these options of `calibrate.random_tokens`."""
         config = self._model.config
-        known = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
-        context = min([2048, *(k for k in known if k)])
+        context = calibrate.longest(config, 2048)
         if self.lines is None:
-            return calibrate.random_tokens(self.vocabulary, self.tokenizer, context, tokens, **options)
-        return calibrate.text_tokens(self.lines, self.tokenizer, context, tokens)
+            batches = calibrate.random_tokens(self.vocabulary, self.tokenizer, context, tokens, **options)
+        else:
+            batches = calibrate.text_tokens(self.lines, self.tokenizer, context, tokens, self.option)
+        return calibrate.for_both_sides(batches, config)
 
     def moments(self, names: Collection[str]) -> dict[str, Tensor]:
         """Second moments by the tensors' names in the source."""

@@ -121,7 +121,7 @@ def make_spec(
 
     >>> make_spec("packed128", (784, 256))
     SeedSpec(format='packed128', shape=(784, 256), bits=0.5, block=16, window=16, rotation=(0, 0), mode='radial', \
-precision=32, stages=1)
+precision=32, stages=1, grades=())
 
     Args:
         bits: trellis: the rate, 2 when left out, or grades, ((end row, bits), ...), where rows have different rates;
