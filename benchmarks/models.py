@@ -30,9 +30,6 @@ MODELS = Path(os.environ.get("RBE_MODELS", DATA.parent / "models"))
 RUNS = ROOT / "runs" / "models"
 RATES = (4.0, 3.0, 2.0, 1.5, 1.0)
 GROUP = 64
-# 15:1 with the bits where this model needs them: its embeddings stand coarser rates than its attention. Chosen among
-# eight such mixtures on the same sentence pairs that the table shows; the other rows have one rate for everything.
-MIXED = {"bits": 2.5, "embeddings_bits": 1.5, "rates": {"*.attention.*": 3.0}}
 # The mean rate that makes 15:1 when the rates are chosen by sensitivity, without the sentence pairs.
 ALLOCATED = 2.05
 
@@ -171,11 +168,11 @@ def minilm(quick: bool, rates: Sequence[float]) -> None:
 
     base = store("dense quality", lambda: quality(dense))
     rows = []
-    settings: list[dict[str, Any]] = [{"bits": bits, "embeddings": None} for bits in rates]
-    if 2.0 in rates:
-        mixed = {"bits": MIXED["bits"], "embeddings": MIXED["embeddings_bits"], "rates": MIXED["rates"]}
-        settings += [mixed, {"bits": ALLOCATED, "embeddings": None, "allocate": "random"}]
-        settings += [{**one, "calibrate": "random"} for one in ({"bits": 2.0, "embeddings": None}, mixed)]
+    settings: list[dict[str, Any]] = []
+    for bits in rates:
+        if bits == 2.0:
+            settings.append({"bits": ALLOCATED, "embeddings": None, "allocate": "random"})
+        settings.append({"bits": bits, "embeddings": None})
     for chosen in settings:
         folder, tag = compressed("minilm", source, effort=effort, **chosen)
         stored, count = profile.files(folder).weights, weights_of(folder)
@@ -185,9 +182,7 @@ def minilm(quick: bool, rates: Sequence[float]) -> None:
         peak = store(f"{tag} memory", lambda f=folder: trial.peak_memory(f).model)
         rows.append(
             [
-                ("mixed" if "rates" in chosen else f"{chosen['bits']:g}")
-                + (", allocated" if "allocate" in chosen else "")
-                + (", calibrated" if "calibrate" in chosen else ""),
+                f"{chosen['bits']:g}" + (", allocated" if "allocate" in chosen else ""),
                 f"{stored:,}",
                 f"{metrics.ratio(stored, count):.2f}",
                 f"{mean_error(folder):.4f}",
@@ -268,18 +263,21 @@ def gpt(quick: bool, rates: Sequence[float]) -> None:
     rows = [["dense", "", f"{profile.files(source).weights:,}", "1", "0", f"{base:.2f}", "", ""]]
     works: list[str] = []
     for bits in rates:
-        for embeddings, calibrate in ((None, None), (4.0, None), (None, "random"), (4.0, "random")):
-            if (bits == 4.0 and embeddings is not None) or (bits != 2.0 and calibrate):
-                continue
-            folder, tag = compressed("gpt", source, bits, embeddings, effort, calibrate=calibrate)
+        ways: list[dict[str, Any]] = [{"embeddings": None}]
+        if bits == 2.0:
+            ways += [{"embeddings": None, "allocate": "random"}, {"embeddings": 4.0}]
+            ways += [{"embeddings": 4.0, "calibrate": "random"}]
+        for way in ways:
+            embeddings = way["embeddings"]
+            folder, tag = compressed("gpt", source, bits, effort=effort, **way)
             stored = profile.files(folder).weights
             exact = store(f"{tag} quality", lambda f=folder: quality(trial.load(f)))
             fast = store(f"{tag} speed", lambda f=folder: speeds(f, dense, tokenizer))
             works = list(fast)
             rows.append(
                 [
-                    f"{bits:g}" + (", calibrated" if calibrate else ""),
-                    f"{embeddings or bits:g}",
+                    f"{bits:g}" + "".join(f", {name}d" for name in ("allocate", "calibrate") if name in way),
+                    "" if "allocate" in way else f"{embeddings or bits:g}",
                     f"{stored:,}",
                     f"{metrics.ratio(stored, weights_of(folder)):.2f}",
                     f"{mean_error(folder):.4f}",
