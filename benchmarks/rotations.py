@@ -1,7 +1,7 @@
 """How much a sentence encoder's figures depend on the draw of its rotations: `python -m benchmarks.rotations`.
 
 Two encodings of the same settings differ by their random rotations alone, and so do their STS-B figures: by more than
-most settings differ. This prints 15:1, the bits spread by sensitivity to random tokens, for several rotations, and their
+most settings differ. This prints 15:1, the bits spread by sensitivity to random tokens, for several rotations, and the
 mean. `--mixed` takes rates chosen by hand in place of that, and `--calibrate random` encodes with second moments from
 random tokens.
 """
