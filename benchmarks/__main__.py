@@ -12,6 +12,7 @@ BENCHMARKS = (
     ["packed"],
     ["outer"],
     ["encoder"],
+    ["rings"],
     ["search"],
     ["models", "minilm"],
     ["models", "gpt"],
