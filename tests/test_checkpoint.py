@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import rbe
 from rbe import checkpoint, convert, shards
 from rbe.errors import CorruptFile, RbeError
 from rbe.source import INDEX
@@ -365,3 +366,73 @@ def test_shards_are_cut_by_size():
     ]
     assert [[t.name for t in part] for part in checkpoint.cut(tensors, 10)] == [["a", "b"], ["c"], ["d"]]
     assert [[t.name for t in part] for part in checkpoint.cut(tensors, 1)] == [["a"], ["b"], ["c"], ["d"]]
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A compressed folder with single weights beside the seeds."""
+    torch.manual_seed(0)
+    weight = torch.randn(48, 40)
+    save_file({"a.weight": weight}, tmp_path / "tiny.safetensors", {"format": "pt"})
+    convert.compress(tmp_path / "tiny.safetensors", tmp_path / "seeds", effort="fast", threads=1, outliers=0.01)
+    return tmp_path / "seeds"
+
+
+def forge(folder, change):
+    """Change tensors as somebody would who can compute checksums."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / SHARD).items()}  # off the file's pages
+    change(tensors)
+    outgoing = [shards.outgoing(name, tensor) for name, tensor in tensors.items()]
+    digest, sums = shards.write(folder / SHARD, outgoing, {"format": "pt"})
+
+    def about(index):
+        ours = index["metadata"]["rbe"]
+        ours["files"][SHARD] = {"bytes": (folder / SHARD).stat().st_size, "sha256": digest}
+        ours["tensors"] = {t.name: [t.dtype, list(t.shape), sums[t.name]] for t in outgoing}
+        index["weight_map"] = dict.fromkeys(tensors, SHARD)
+
+    reseal(folder, about)
+
+
+def test_every_flipped_bit_of_single_weights_is_found(kept):
+    path = kept / SHARD
+    whole = bytearray(path.read_bytes())
+    tensors = checkpoint.open_tensors(kept).tensors
+    for stored in (tensors["a.outlier_index"], tensors["a.outlier_values"]):
+        for bit in range(8 * stored.start, 8 * stored.stop, 5):
+            whole[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(whole)
+            with pytest.raises(CorruptFile, match=f"in {stored.name}"):
+                rbe.load(kept)
+            whole[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(whole)
+    assert checkpoint.verify(kept).ok
+
+
+INDEX_NAME, VALUES_NAME = "a.outlier_index", "a.outlier_values"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[INDEX_NAME].__setitem__(-1, 48 * 40), "ascend and lie inside"),
+        (lambda t: t[INDEX_NAME].__setitem__(0, -1), "ascend and lie inside"),
+        (lambda t: t[INDEX_NAME].__setitem__(3, t[INDEX_NAME][4]), "ascend"),
+        (lambda t: t.update({INDEX_NAME: t[INDEX_NAME].flip(0)}), "ascend"),
+        (lambda t: t[VALUES_NAME].__setitem__(2, torch.nan), "NaN"),
+        (lambda t: t[VALUES_NAME].__setitem__(2, torch.inf), "infinite"),
+        (lambda t: t.update({INDEX_NAME: t[INDEX_NAME].long()}), "should be there as I32"),
+        (lambda t: t.update({VALUES_NAME: t[VALUES_NAME].bfloat16()}), "should be there as F16"),
+        (lambda t: t.update({VALUES_NAME: t[VALUES_NAME][1:].clone()}), "should be there as F16"),
+        (lambda t: t.update({INDEX_NAME: t[INDEX_NAME][None].clone()}), "should be there as I32"),
+        (lambda t: t.pop(INDEX_NAME), "should be there"),
+        (lambda t: t.pop(VALUES_NAME), "should be there"),
+    ],
+)
+def test_single_weights_that_are_none_are_refused_though_the_checksums_are_right(kept, tmp_path, change, message):
+    forge(kept, change)
+    for use in (rbe.load, lambda folder: convert.decompress(folder, tmp_path / "dense.safetensors")):
+        with pytest.raises(CorruptFile, match=message):
+            use(kept)
+    assert message in str(checkpoint.verify(kept).problems)
+    assert not (tmp_path / "dense.safetensors").exists()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import rbe.hf
 import rbe.nn
+from rbe import convert
 from rbe.errors import RbeError
 from rbe.nn import swap
 
@@ -363,3 +364,48 @@ def test_importing_again_registers_once() -> None:
         warnings.simplefilter("error")
         module = importlib.reload(rbe.hf)
     assert transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING["rbe"] is module.RbeQuantizer
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "bert", "t5"])
+@pytest.mark.parametrize("more", [{}, {"outliers": 0.01}, {"outliers": 0.0, "embeddings_bits": 4}])
+def test_encoding_while_loading_is_what_compress_writes(tmp_path: Path, name: str, more: dict[str, float]) -> None:
+    make, auto = MODELS[name]
+    dense = dense_folder(make, tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    for tensor in tensors.values():
+        if tensor.ndim == 2 and min(tensor.shape) >= 32:
+            tensor[3, 4] = 20 * tensor.std()  # extreme
+    save_file(tensors, tmp_path / "with.safetensors", metadata={"format": "pt"})
+    (tmp_path / "with.safetensors").replace(dense / "model.safetensors")
+    done = convert.compress(dense, tmp_path / "seeds", fingerprint=lambda _: {}, **CONFIG, **more)
+    assert bool(sum(e.outliers for e in done.plan.seeded)) == (more.get("outliers") != 0.0)
+    written = rbe.load(tmp_path / "seeds")
+    config = rbe.hf.RbeConfig(**CONFIG, **more)
+    model, info = auto.from_pretrained(dense, quantization_config=config, output_loading_info=True)
+    model.save_pretrained(tmp_path / "again")
+    again = auto.from_pretrained(tmp_path / "again").state_dict()
+    assert clean(info)
+    for state in (model.state_dict(), again):
+        assert state.keys() == written.state_dict().keys()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in written.state_dict().items())
+
+
+@pytest.mark.parametrize("unknown", [{"allocate": "random"}, {"calibrate": "random"}, {"seed": 3}])
+def test_what_encoding_while_loading_does_not_offer_is_refused(tmp_path: Path, unknown: dict[str, Any]) -> None:
+    config = rbe.hf.RbeConfig(**CONFIG, **unknown)
+    with pytest.raises(RbeError, match=f"{next(iter(unknown))} cannot be asked"):
+        transformers.GPT2LMHeadModel.from_pretrained(dense_folder(gpt2, tmp_path / "d"), quantization_config=config)
+
+
+@pytest.mark.parametrize("kind", ["seeds", "scale", "outlier_index", "outlier_values"])
+def test_a_tensor_that_is_not_there_is_not_made_up(tmp_path: Path, kind: str) -> None:
+    config = rbe.hf.RbeConfig(**CONFIG, outliers=0.01)
+    model = transformers.GPT2LMHeadModel.from_pretrained(dense_folder(gpt2, tmp_path / "d"), quantization_config=config)
+    model.save_pretrained(tmp_path / "seeds")
+    tensors = load_file(tmp_path / "seeds" / "model.safetensors")
+    lost = next(name for name in tensors if name.endswith(f".{kind}"))
+    del tensors[lost]
+    save_file(tensors, tmp_path / "other.safetensors", metadata={"format": "pt"})
+    (tmp_path / "other.safetensors").replace(tmp_path / "seeds" / "model.safetensors")
+    with pytest.raises(RbeError, match=f"does not hold {lost}"):
+        transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "seeds")

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 
 import rbe
-from rbe import RbeError
+from rbe import RbeError, outliers
 from rbe.nn import Embedding, Linear
 from rbe.outliers import Outliers
 
@@ -94,3 +94,58 @@ def test_what_is_no_outlier_is_refused() -> None:
         Outliers((5, 5), few.index, few.values)
     with pytest.raises(RbeError, match="NaN"):
         Outliers((6, 5), few.index, few.values * torch.nan)
+
+
+def kept(seed: int = 0) -> Linear:
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(32, 48, generator=g)
+    few = Outliers.largest(weight * torch.rand(48, generator=g), 20)
+    seeds = rbe.encode(few.taken_from(weight), effort="fast", seed=1)
+    return Linear.from_matrix(rbe.SeedMatrix(seeds.spec, seeds.seeds, seeds.scale, None, few))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_state_that_is_loaded_after_use_counts(inference: bool) -> None:
+    x = torch.randn(2, 48)
+    with torch.inference_mode(inference):
+        layer, other = kept(), kept(1)
+        assert not torch.allclose(layer(x), other(x))
+        layer.load_state_dict(other.state_dict())
+        assert torch.equal(layer(x), other(x)) and torch.equal(layer.weight, other.weight)
+        bad = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+        bad["outlier_index"][5] = -7
+        layer.load_state_dict(bad)
+        with pytest.raises(RbeError, match="ascend"):
+            layer(x)
+
+
+def test_one_of_two_tensors_is_not_enough() -> None:
+    layer = kept()
+    for name in ("outlier_index", "outlier_values"):
+        tensors = {key: tensor for key, tensor in layer.matrix.to_tensors().items() if key != name}
+        with pytest.raises(RbeError, match=rf"{name}.* missing"):
+            rbe.SeedMatrix.from_tensors(tensors, layer.spec)
+        half = kept()
+        setattr(half, name, None)
+        with pytest.raises(RbeError, match="without"):
+            half(torch.randn(2, 48))
+
+
+def test_compiled_and_exported_layers_equal_eager_ones() -> None:
+    layer, x = kept(), torch.randn(2, 48)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+    assert torch.equal(compiled(x.requires_grad_()), layer(x))
+    few = layer.outliers
+    assert few is not None
+    table = Embedding.from_matrix(
+        rbe.SeedMatrix(few_spec := rbe.encode(torch.randn(32, 48), format="packed64", block=4).spec,
+                       torch.zeros(few_spec.blocks, 1, dtype=torch.int64), torch.tensor(1.0), None, few)
+    )  # fmt: skip
+    index = torch.tensor([[4, 31], [0, 4]])
+    with torch.no_grad():
+        assert torch.equal(torch.compile(table, fullgraph=True, backend="aot_eager")(index), table(index))
+    exported = torch.export.export(layer, (x.detach(),)).module()
+    assert torch.equal(exported(x), layer(x))
+    torch.library.opcheck(outliers.outlier_rows, (index, few.index, few.values, 32, 48))

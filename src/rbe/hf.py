@@ -8,8 +8,9 @@ be called without it, and `check_fingerprint` tells the two apart.
 """
 
 import hashlib
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace as with_values
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,16 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rbe import checkpoint
-from rbe.allocate import Entry
+from rbe import checkpoint, formats
+from rbe.allocate import LEAST_GAIN, Entry
 from rbe.checkpoint.write import header_metadata
 from rbe.compress import encode_entry, plan_model
 from rbe.errors import RbeError
 from rbe.formats import Rate, SeedSpec
 from rbe.mixing import fmix32
 from rbe.nn import Seeded, set_activations, swap
+from rbe.outliers import Outliers
+from rbe.shards import dtype_name
 from rbe.source import Names, architecture
 
 METHOD = checkpoint.METHOD
@@ -50,8 +53,8 @@ class RbeConfig(QuantizationConfigMixin):
         embeddings_bits: rate of embeddings and of heads tied to them; None is `bits`, 0 keeps them dense.
         rates: shell patterns of module paths, with the rate of what they fit (encoding only).
         format, block, mode, precision, stages: of all seeds, as in `SeedSpec` (encoding only).
-        outliers: share of the weights, the largest ones, that is kept beside the seeds (encoding only; here extreme
-            weights are not found by themselves, since the plan is made before they are read).
+        outliers: share of the weights, the largest ones, that is kept beside the seeds; None keeps extreme ones
+            of linear layers (encoding only).
         modules: what each seed layer of the file is; written by the library.
         format_version: of the seeds; written by the library.
 
@@ -72,7 +75,7 @@ class RbeConfig(QuantizationConfigMixin):
         mode: str | None = None,
         precision: int = 32,
         stages: int = 1,
-        outliers: float = 0.0,
+        outliers: float | None = None,
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         **more: Any,
@@ -167,6 +170,7 @@ class RbeQuantizer(HfQuantizer):
             _place(model, self.quantization_config.modules, _stored_names(checkpoint_files))
             return
         config = self.quantization_config
+        _refuse_unknown(config)
         plan, sites = plan_model(
             model,
             config.bits,
@@ -175,7 +179,7 @@ class RbeQuantizer(HfQuantizer):
             config.exclude,
             config.embeddings_bits,
             config.rates,
-            config.outliers,
+            config.outliers or 0.0,  # extreme weights are found when they are there
             format=config.format,
             block=config.block,
             mode=config.mode,
@@ -206,11 +210,15 @@ class RbeQuantizer(HfQuantizer):
                 f"{name} differs from {site.tensor}, but the configuration ties them; "
                 "set tie_word_embeddings=False in the source's config.json"
             )
-        self._digest[site.module] = digest
         assert entry.spec is not None
-        matrix = encode_entry(
-            entry, checkpoint.as_matrix(weight, entry.spec, site.transposed), self.quantization_config.effort
-        )
+        dense = checkpoint.as_matrix(weight, entry.spec, site.transposed)
+        config = self.quantization_config
+        if config.outliers is None and entry.kind == "linear" and not formats.is_disk(entry.spec.format):
+            entry = with_values(entry, outliers=Outliers.extremes(dense), dtype=dtype_name(weight.dtype))
+            if LEAST_GAIN * entry.nbytes > entry.source_bytes:
+                return {name: weight}  # with these beside, seeds are too large
+        self._digest[site.module] = digest
+        matrix = encode_entry(entry, dense, config.effort)
         swap.place(model, site, matrix.spec, matrix.row_scale is not None, entry.outliers)
         return {f"{site.module}.{key}": value for key, value in matrix.to_tensors().items()}
 
@@ -249,6 +257,17 @@ def _register() -> None:
 _register()
 
 
+def _refuse_unknown(config: RbeConfig) -> None:
+    """What is not known would be forgotten without a word."""
+    known = {"quant_method", *inspect.signature(RbeConfig.__init__).parameters}
+    unknown = sorted(set(vars(config)) - known)
+    if unknown:
+        raise RbeError(
+            f"RbeConfig: {', '.join(unknown)} cannot be asked of encoding while loading; leave it out, or use `rbe "
+            "compress`, which has also allocate and calibrate, and load its folder"
+        )
+
+
 def _stored_names(files: Sequence[str] | None) -> set[str]:
     """Names of all tensors in the shards."""
     names: set[str] = set()
@@ -259,8 +278,21 @@ def _stored_names(files: Sequence[str] | None) -> set[str]:
     return names
 
 
+def _expected_names(modules: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Names of the tensors of all seed layers in a file."""
+    for name, entry in modules.items():
+        spec = SeedSpec.from_json(entry["spec"])
+        yield from checkpoint.expected(name, spec, bool(entry.get("row_scale", False)), int(entry.get("outliers", 0)))
+
+
 def _place(model: nn.Module, modules: dict[str, dict[str, Any]], stored: set[str]) -> None:
     """Put the file's seed layers, unfilled, into a model on the meta device."""
+    lost = [name for name in _expected_names(modules) if stored and name not in stored]
+    if lost:  # transformers would warn, and go on with whatever is in memory
+        raise RbeError(
+            f"from_pretrained: the folder does not hold {', '.join(lost[:3])}, which its configuration promises; fetch "
+            "the folder again"
+        )
     names = Names(model)
     entries = {path: entry for name, entry in modules.items() if (path := _path(names, name)) is not None}
     kept = {_path(names, name.removesuffix(".weight")) for name in stored if name.endswith(".weight")}

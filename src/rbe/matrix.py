@@ -118,7 +118,8 @@ class SeedMatrix:
         Raises:
             RbeError: a tensor is missing or does not fit `spec`.
         """
-        missing = {"seeds", "scale"} - set(tensors)
+        both = {"outlier_index", "outlier_values"}
+        missing = ({"seeds", "scale"} | (both if both & set(tensors) else set())) - set(tensors)
         if missing:
             raise RbeError(f"from_tensors: {sorted(missing)} missing among {sorted(tensors)}; the file is incomplete")
         outliers = None
@@ -179,4 +180,4 @@ class SeedMatrix:
             RbeError: x has the wrong width or dtype.
         """
         y = self._ready.matmul(x, activations)
-        return y if self.outliers is None else (y + self.outliers.product(x)).to(y.dtype)
+        return y if self.outliers is None else self.outliers.add_product(y, x)

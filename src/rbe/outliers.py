@@ -1,8 +1,8 @@
 """The few largest weights of a matrix, kept beside its seeds: positions and float16 values."""
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Self
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ EXTREME = 6.0
 MOST_EXTREME = 0.01
 # Products in memory at once, 16 MiB.
 _AT_ONCE = 1 << 22
+
+
+class Places(NamedTuple):
+    """Positions in the matrix read row by row, rows, columns, and values in float32."""
+
+    flat: Tensor
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +47,7 @@ class Outliers:
     shape: tuple[int, int]
     index: Tensor
     values: Tensor
+    _known: tuple[tuple[int | None, ...], Places] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         index, values = self.index, self.values
@@ -51,7 +61,11 @@ class Outliers:
                 f"outliers: positions are {index.dtype} {tuple(index.shape)} and values {values.dtype} "
                 f"{tuple(values.shape)}; they must be int32 and float16 of one length"
             )
-        if index.is_meta or not len(index):
+        self._check()
+
+    def _check(self) -> None:
+        index, values = self.index, self.values
+        if index.is_meta or not len(index) or torch.compiler.is_compiling():  # a trace has no values to look at
             return
         if int(index[0]) < 0 or int(index[-1]) >= self.shape[0] * self.shape[1] or not bool((index.diff() > 0).all()):
             raise RbeError(
@@ -89,45 +103,84 @@ class Outliers:
     def taken_from(self, dense: Tensor) -> Tensor:
         """A dense (rows, columns) matrix less what the outliers hold of it: what is left for the seeds."""
         flat = dense.detach().reshape(-1).clone()
-        flat[self._places[0]] -= self.values.to(flat.dtype)
+        flat[self._places().flat] -= self.values.to(flat.dtype)
         return flat.reshape(self.shape)
 
     def add_to(self, dense: Tensor) -> Tensor:
         """The sum with a dense (rows, columns) matrix."""
-        return dense.reshape(-1).scatter_add(0, self._places[0], self.values.to(dense.dtype)).reshape(self.shape)
+        places = self._places()
+        return dense.reshape(-1).index_add(0, places.flat, places.values.to(dense.dtype)).reshape(self.shape)
 
     def product(self, x: Tensor) -> Tensor:
         """The product with x (..., columns): (..., rows), in float32 or wider."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = x.new_zeros((*x.shape[:-1], self.shape[0]))
-        step = max(1, _AT_ONCE // max(1, x[..., 0].numel()))
-        values = self.values.to(x.dtype)
-        _, rows, columns, _, _ = self._places
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return self.add_product(x.new_zeros((*x.shape[:-1], self.shape[0]), dtype=wide), x)
+
+    def add_product(self, y: Tensor, x: Tensor) -> Tensor:
+        """The sum of y (..., rows) and the product with x (..., columns), in y's dtype."""
+        places = self._places()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        values = places.values.to(wide)
+        total = y.to(wide)
+        step = max(1, len(values))
+        if not torch.compiler.is_compiling():
+            step = max(1, min(step, _AT_ONCE // max(1, math.prod(x.shape[:-1]))))
         for k in range(0, len(values), step):
-            part = x[..., columns[k : k + step]] * values[k : k + step]
-            y = y.scatter_add(-1, rows[k : k + step].expand(part.shape), part)
-        return y
+            rows, columns, some = places.rows, places.columns, values
+            if step < len(values):
+                rows, columns, some = (t[k : k + step] for t in (rows, columns, values))
+            total = total.index_add(-1, rows, x.index_select(-1, columns).to(wide) * some)
+        return total.to(y.dtype)
 
     def add_to_rows(self, rows: Tensor, index: Tensor) -> Tensor:
         """The sum with rows (*index.shape, columns) of a dense matrix."""
-        _, _, columns, starts, most = self._places
+        if torch.compiler.is_compiling():
+            # How many there are in a row is in no trace.
+            more: Tensor = outlier_rows(index, self.index, self.values, *self.shape)
+            return rows + more.reshape(rows.shape).to(rows.dtype)
         at = index.reshape(-1, 1)
-        place = starts[at] + torch.arange(most, device=index.device)
+        places = self._places()
+        ends = torch.arange(self.shape[0] + 1, device=at.device) * self.shape[1]
+        starts = torch.searchsorted(places.flat, ends)
+        place = starts[at] + torch.arange(int(starts.diff().max()), device=at.device)
         valid = place < starts[at + 1]
         place = place.clamp_max(max(0, len(self.values) - 1))
-        values = torch.where(valid, self.values[place].to(rows.dtype), 0.0)
+        values = torch.where(valid, places.values[place].to(rows.dtype), 0.0)
         flat = rows.reshape(at.shape[0], self.shape[1])
-        return flat.scatter_add(1, columns[place], values).reshape(rows.shape)
+        return flat.scatter_add(1, places.columns[place], values).reshape(rows.shape)
 
-    @cached_property
-    def _places(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        """(positions, rows, columns, where the outliers of each row begin and the last end, most in one row)."""
-        # Made in the midst of inference they would otherwise be of no use to autograd later.
-        with torch.inference_mode(False):
-            flat = self.index.long()
-            ends = torch.arange(self.shape[0] + 1, device=flat.device) * self.shape[1]
-            starts = torch.searchsorted(flat, ends)
-            return flat, flat // self.shape[1], flat % self.shape[1], starts, int(starts.diff().max())
+    def _places(self) -> Places:
+        """What positions mean, made once; made and checked again where the tensors were changed in place."""
+        if torch.compiler.is_compiling():
+            return self._find()
+        state = tuple(None if t.is_inference() else t._version for t in (self.index, self.values))
+        if self._known is None or self._known[0] != state or None in state:  # who does not count changes is not trusted
+            if self._known is not None:
+                self._check()
+            # Made in the midst of inference they would otherwise be of no use to autograd later.
+            with torch.inference_mode(False):
+                object.__setattr__(self, "_known", (state, self._find()))
+        assert self._known is not None
+        return self._known[1]
+
+    def _find(self) -> Places:
+        flat = self.index.long()
+        return Places(flat, flat // self.shape[1], flat % self.shape[1], self.values.float())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}  # copies count their changes anew
 
     def __len__(self) -> int:
         return len(self.index)
+
+
+@torch.library.custom_op("rbe::outlier_rows", mutates_args=())
+def outlier_rows(index: Tensor, places: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
+    """Rows (numbers, columns) of a matrix of outliers alone, for compilers."""
+    zeros = torch.zeros(index.numel(), columns, device=index.device)
+    return Outliers((rows, columns), places, values).add_to_rows(zeros, index.reshape(-1))
+
+
+@outlier_rows.register_fake
+def _(index: Tensor, places: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
+    return torch.empty(index.numel(), columns, device=index.device)

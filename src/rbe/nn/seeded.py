@@ -215,8 +215,12 @@ class Seeded(nn.Module):
         """Single weights that are added to what the seeds make, made ready once; None where there are none."""
         owner = self.owner
         index, values = owner._buffers.get("outlier_index"), owner._buffers.get("outlier_values")
-        if index is None or values is None:
+        if index is None and values is None:
             return None
+        if index is None or values is None:
+            raise RbeError("outliers: positions without values, or values without positions; load the whole layer")
+        if torch.compiler.is_compiling():
+            return Outliers(self.spec.shape, index, values)
         ready = owner._outliers
         if ready is None or ready.index is not index or ready.values is not values:
             ready = owner._outliers = Outliers(self.spec.shape, index, values)
@@ -285,7 +289,7 @@ class Seeded(nn.Module):
             else:
                 y = kernels.seed_matmul(x, self.spec, bits, scale, row_scale, self.activations, radius, angle)
         outliers = self.outliers
-        return y if outliers is None else (y + outliers.product(x)).to(y.dtype)
+        return y if outliers is None else outliers.add_product(y, x)
 
     def look_up(self, index: Tensor) -> Tensor:
         """Rows of the matrix: (*index.shape, columns) float32."""
