@@ -47,7 +47,7 @@ _TOP = (1 << 32) - 1
 
 
 @cache
-def _tables() -> tuple[list[int], list[int]]:
+def tables() -> tuple[list[int], list[int]]:
     """log2(1 + k/1024) in units of 2^-12, and 2^(16 - k/1024), rounded; decimals round alike everywhere."""
     with localcontext() as context:
         context.prec = 30
@@ -135,7 +135,7 @@ class _Mixed:
         self.columns = [[0, 0] for _ in range(columns)]
         self.groups = [[0, 0] for _ in range(-(-columns // cells))]
         self.places = [[0, 0] for _ in range(cells)]
-        self.logs, self.powers = _tables()
+        self.logs, self.powers = tables()
         self.start()
 
     def start(self) -> None:
@@ -213,10 +213,53 @@ def _walk(
     return levels
 
 
-def _check(shape: tuple[int, int], cells: int) -> None:
+def check_shape(shape: tuple[int, int], cells: int) -> None:
+    """Refuse sides that no matrix has.
+
+    Raises:
+        RbeError: a side is not positive, or groups of so many columns do not fit.
+    """
     if len(shape) != 2 or min(shape) < 1 or not 1 <= cells <= shape[1]:
         raise RbeError(
             f"stream: shape {tuple(shape)} with groups of {cells} columns; give two positive sides, 1 or more"
+        )
+
+
+def check_levels(levels: Tensor, cells: int, bias: bool) -> None:
+    """Refuse what cannot be packed.
+
+    Raises:
+        RbeError: the levels are no matrix of whole numbers of at most LARGEST.
+    """
+    if levels.ndim != 2 or levels.is_floating_point() or levels.is_complex():
+        raise RbeError(f"stream: levels are {levels.dtype} {tuple(levels.shape)}; give a matrix of whole numbers")
+    check_shape((levels.shape[0], levels.shape[1] - bias), cells)
+    most = max(int(levels.max()), -int(levels.min()))
+    if most > LARGEST:
+        raise RbeError(f"stream: a level of {most} is too large; at most {LARGEST} can be said, choose a larger scale")
+
+
+def check_seed(seed: Tensor, shape: tuple[int, int], cells: int) -> None:
+    """Refuse what cannot be unpacked.
+
+    Raises:
+        RbeError: the seed is no row of bytes, or the shape none of a matrix.
+    """
+    check_shape(shape, cells)
+    if seed.dtype != torch.uint8 or seed.ndim != 1:
+        raise RbeError(f"stream: the seed is {seed.dtype} {tuple(seed.shape)}; it must be uint8 (bytes,)")
+
+
+def check_end(size: int, wanted: int, shape: tuple[int, int]) -> None:
+    """Refuse a seed of more bytes than the matrix wanted.
+
+    Raises:
+        RbeError: it is longer.
+    """
+    if size > wanted:
+        raise RbeError(
+            f"stream: a matrix of {tuple(shape)} is full after {wanted} of the seed's {size} bytes; the "
+            "shape, the groups or the bias are not those it was packed with"
         )
 
 
@@ -237,13 +280,8 @@ def pack(levels: Tensor, *, cells: int = 1, bias: bool = False) -> Tensor:
     Raises:
         RbeError: the levels are no matrix of whole numbers of at most LARGEST.
     """
-    if levels.ndim != 2 or levels.is_floating_point() or levels.is_complex():
-        raise RbeError(f"stream: levels are {levels.dtype} {tuple(levels.shape)}; give a matrix of whole numbers")
+    check_levels(levels, cells, bias)
     rows, columns = levels.shape[0], levels.shape[1] - bias
-    _check((rows, columns), cells)
-    most = int(levels.abs().max())
-    if most > LARGEST:
-        raise RbeError(f"stream: a level of {most} is too large; at most {LARGEST} can be said, choose a larger scale")
     known = levels.tolist()
     written: dict[bool, bytes] = {}
     for marked in (False, True):
@@ -271,15 +309,9 @@ def unpack(seed: Tensor, shape: tuple[int, int], *, cells: int = 1, bias: bool =
     Raises:
         RbeError: the seed is no row of bytes, or is longer than the matrix it is to fill.
     """
-    _check(shape, cells)
-    if seed.dtype != torch.uint8 or seed.ndim != 1:
-        raise RbeError(f"stream: the seed is {seed.dtype} {tuple(seed.shape)}; it must be uint8 (bytes,)")
+    check_seed(seed, shape, cells)
     data = bytes(seed.tolist())
     reader = _Reader(data)
     levels = _walk(reader, *shape, cells, bias, None, False)
-    if len(data) > reader.next:
-        raise RbeError(
-            f"stream: a matrix of {tuple(shape)} is full after {reader.next} of the seed's {len(data)} bytes; the "
-            "shape, the groups or the bias are not those it was packed with"
-        )
+    check_end(len(data), reader.next, shape)
     return torch.tensor(levels, dtype=torch.int16)

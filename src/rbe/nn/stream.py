@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rbe.errors import RbeError
-from rbe.formats import stream
+from rbe.formats.stream import LARGEST
+from rbe.kernels import stream
 
 
 class _Rounded(torch.autograd.Function):
@@ -78,7 +79,7 @@ class Stream(nn.Module):
         if not self.trainable:
             return stream.unpack(self.seed.cpu(), self.shape, cells=self.cells, bias=self.bias)
         with torch.no_grad():
-            return self._whole(self.latent.round().clamp(-stream.LARGEST, stream.LARGEST)).to(torch.int16)
+            return self._whole(self.latent.round().clamp(-LARGEST, LARGEST)).to(torch.int16)
 
     def pack(self) -> Tensor:
         """The seed, uint8 (bytes,)."""
