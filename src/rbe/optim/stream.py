@@ -12,10 +12,12 @@ from rbe.nn.stream import streams
 
 # Steps between two estimates of what the streams cost.
 EVERY = 10
-# Share of the run after which the number of bytes is reached, and how often in all the true bytes are counted.
-REACH, COUNTS = 0.5, 16
+# Share of the run after which the number of bytes is reached.
+REACH = 0.5
+# From this share of that time on the true bytes are counted at every so many estimates; before, they decide nothing.
+NEAR, COUNTED = 0.8, 5
 # The bytes aimed at, below those allowed: the last steps turn single levels on and off.
-AIM = 0.985
+AIM = 0.995
 
 
 def price(latent: Tensor) -> tuple[float, Tensor]:
@@ -155,9 +157,8 @@ class StreamAdam(torch.optim.Adam):
         bits = sum(bits for bits, _ in found)
         group["fresh"] = group["fresh"] or bits
         part = min(1.0, group["done"] / (REACH * self.steps))
-        # The streams are written once in a while only, and when they are short: that takes a second.
-        turn = self.steps // COUNTS // EVERY * EVERY or EVERY
-        if part >= 0.8 and group["done"] % turn == 0:
+        # Writing the streams takes longer than a step where there are millions of weights.
+        if part >= NEAR and group["done"] % (COUNTED * EVERY) == 0:
             group["true"] = 8 * self.count() / bits
         aim = 8 * AIM * self.bytes / group["true"]
         target = group["fresh"] * (aim / group["fresh"]) ** part
