@@ -47,7 +47,8 @@ def test_any_bytes_are_the_levels_of_the_definition_or_refused_alike() -> None:
             except RbeError as told:
                 made.append(str(told))
         first, second = made
-        assert torch.equal(first, second) if isinstance(first, Tensor) and isinstance(second, Tensor) else first == second
+        both = isinstance(first, Tensor) and isinstance(second, Tensor)
+        assert torch.equal(first, second) if both else first == second
 
 
 def test_golden_bytes() -> None:
