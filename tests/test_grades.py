@@ -166,3 +166,17 @@ def test_the_command_line_takes_grades(bert: Path, tmp_path: Path) -> None:
     code, said = run("*word_embeddings=32:3,1")
     assert code == 0, said
     assert "(3, 1)" in testing.CliRunner().invoke(app, ["inspect", str(tmp_path / "out")]).stdout
+
+
+def test_no_grade_goes_below_a_bit() -> None:
+    plan = make_plan({"emb.weight": ((400, 64), "F32"), "a.weight": ((128, 64), "F32")}, bits=2)
+    rows = torch.zeros(400, dtype=torch.float64)
+    rows[:16] = 1.0
+    found = budget.allocate_bits(plan, {"emb.weight": rows, "a.weight": torch.tensor(9.0)}, 1.5, graded=["emb.weight"])
+    assert isinstance(found["emb"], tuple) and min(bits for _, bits in found["emb"]) == 1.0
+
+
+def test_every_matrix_has_rotations_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    compress_(model, effort="fast")
+    assert model[0].spec.rotation != model[1].spec.rotation
