@@ -44,6 +44,8 @@ def test_a_plan_fits_grades_to_the_rows() -> None:
         ({"emb": ((32, 3.3), (None, 1.0))}, "3.3"),
         ({"emb": ((32, "x"), (None, 1.0))}, "no number"),
         ({"emb": ()}, "no grades"),
+        ({"emb": ((32, 3.0), (0, 1.0))}, "rise"),
+        ({"emb": ((32, 3.0), (96, 1.0))}, "the rest"),
         ({"emb": ((32,),)}, "no grades"),
     ):
         with pytest.raises(RbeError, match=words):

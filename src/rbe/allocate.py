@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, TypedDict
 
 from rbe import formats
 from rbe.errors import RbeError
-from rbe.formats import Rate, SeedSpec
+from rbe.formats import Rate, SeedSpec, trellis
 from rbe.metrics import shannon_floor
 from rbe.nn.swap import Site, matches
 from rbe.outliers import BYTES
@@ -309,11 +309,15 @@ def _graded(name: str, grades: tuple[tuple[int | None, float], ...], site: Site)
     """Grades that fit the rows of a table.
 
     Raises:
-        RbeError: it is no embedding, whose rows alone mean something.
+        RbeError: it is no embedding, whose rows alone mean something, or the last rows are not mentioned.
     """
     if site.kind != "embedding":
         raise RbeError(f"rates: {name} is no embedding, and only the rows of one can have several rates: give one")
     rows = site.shape[0]
+    if grades[-1][0] is not None and grades[-1][0] < rows:
+        raise RbeError(
+            f"rates: the grades of {name} end at row {grades[-1][0]} of {rows}; say what the rest gets: (None, bits)"
+        )
     inside = tuple(grade for grade in grades[:-1] if grade[0] is not None and grade[0] < rows)
     return (*inside, (rows, grades[len(inside)][1]))
 
@@ -404,10 +408,10 @@ def _single(name: str, rate: Any) -> list[Any]:
         return [rate]
     try:
         ends = [end for end, _ in rate]
-        rising = all(type(a) is int and 0 < a < b for a, b in itertools.pairwise([*ends[:-1], ends[-1] or math.inf]))
-        whole = all(end % 16 == 0 for end in ends[:-1])
-        if not ends or not rising or not whole:
-            raise ValueError("their ends must rise, in steps of 16 rows")
+        last = math.inf if ends[-1] is None else ends[-1]
+        rising = all(type(a) is int and 0 < a < b for a, b in itertools.pairwise([*ends[:-1], last]))
+        if not rising or last <= 0 or any(end % trellis.BLOCK for end in ends[:-1]):
+            raise ValueError(f"their ends must rise, in steps of {trellis.BLOCK} rows")
         return [bits for _, bits in rate]
     except (TypeError, ValueError, IndexError) as cause:
         raise RbeError(f"{name}: {rate!r} are no grades, such as ((2048, 3), (None, 1)): {cause}") from cause

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,15 +15,6 @@ from rbe.kernels import cpu, reference
 TIERS = ("portable", "avx2", "avx512", "amx")
 CASES = [(w, window) for w in range(1, 9) for window in trellis.WINDOWS]
 ONE = torch.tensor(1.0)
-
-
-@pytest.fixture(params=TIERS)
-def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    if not cpu.tier_available(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    cpu.set_tier(request.param)
-    yield request.param
-    cpu.set_tier("")
 
 
 def random_seeds(spec: SeedSpec, seed: int = 0) -> Tensor:

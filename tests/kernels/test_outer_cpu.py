@@ -1,6 +1,5 @@
 """The C++ kernels of outer128, tier by tier: as exact as float32 in every block, and the operations of training."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rbe import kernels
 from rbe.formats import SeedSpec, make_spec, outer128
-from rbe.kernels import Tensors, bands, cpu, latent, ops, outer, outer_cpu
+from rbe.kernels import Tensors, bands, latent, ops, outer, outer_cpu
 from rbe.kernels.latent import signs_of
 from rbe.kernels.reference import Definition
 from rbe.nn import Linear
@@ -29,15 +28,6 @@ CASES: tuple[dict[str, Any], ...] = (
     {"shape": (40, 1), "block": 32},
 )
 NAMES = [f"{'x'.join(map(str, c['shape']))}-{c.get('block', 16)}" for c in CASES]
-
-
-@pytest.fixture(params=TIERS)
-def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    if not cpu.tier_available(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    cpu.set_tier(request.param)
-    yield request.param
-    cpu.set_tier("")
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:

@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,15 +40,6 @@ SHAPES = (
     {"shape": (40, 1), "block": None},
 )
 SHAPE_NAMES = [f"{'x'.join(map(str, s['shape']))}-{s.get('block', 16)}" for s in SHAPES]
-
-
-@pytest.fixture(params=TIERS)
-def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    if not cpu.tier_available(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    cpu.set_tier(request.param)
-    yield request.param
-    cpu.set_tier("")
 
 
 def random_tensors(spec: SeedSpec, seed: int = 0) -> Tensors:

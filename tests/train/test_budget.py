@@ -114,3 +114,9 @@ def test_patterns() -> None:
         plant(nn.Sequential(nn.Linear(2, 2)), Seeds(layer=(Layer("conv*", block=8),)))
     with pytest.raises(RbeError, match="cannot be dense while"):
         plant(nn.Sequential(nn.LSTM(8, 8)), Seeds(layer=(Layer("*.hh_l0", format="dense"),)))
+
+
+@pytest.mark.parametrize(("columns", "cells"), [(784, 28), (3072, 1), (10, 1)])
+def test_pixels_of_a_row_go_together_where_a_picture_is_square(columns: int, cells: int) -> None:
+    network = plant(nn.Sequential(nn.Linear(columns, 8), nn.Linear(8, 4)), Seeds(format="stream", bytes=600))
+    assert network[0].cells == cells and network[1].cells == 1

@@ -120,8 +120,9 @@ def _stream(
     assert isinstance(module, nn.Linear | nn.Conv2d)
     rows, columns = module.weight.shape[0], module.weight[0].numel()
     corner = made.rows[number] if made.rows else rows, columns * before[1] // before[0]
-    # The cells that one output of the layer before became; pixels of a row of a picture, in the first.
-    cells = columns // before[0] if number else math.isqrt(columns)
+    # The cells that one output of the layer before became; pixels of a row of a picture, in the first, if it is square.
+    side = math.isqrt(columns)
+    cells = columns // before[0] if number else side if side * side == columns else 1
     if isinstance(module, nn.Linear):
         bias = module.bias is not None
         linear = seeded.StreamLinear(columns, rows, bias, cells=cells, spread=made.spread, open_shape=corner)
