@@ -410,7 +410,7 @@ def _single(name: str, rate: Any) -> list[Any]:
         ends = [end for end, _ in rate]
         last = math.inf if ends[-1] is None else ends[-1]
         rising = all(type(a) is int and 0 < a < b for a, b in itertools.pairwise([*ends[:-1], last]))
-        if not rising or last <= 0 or any(end % trellis.BLOCK for end in ends[:-1]):
+        if not rising or any(end % trellis.BLOCK for end in ends[:-1]):
             raise ValueError(f"their ends must rise, in steps of {trellis.BLOCK} rows")
         return [bits for _, bits in rate]
     except (TypeError, ValueError, IndexError) as cause:
