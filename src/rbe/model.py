@@ -17,6 +17,7 @@ from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.matrix import SeedMatrix
 from rbe.nn import Seeded, set_activations, swap
+from rbe.nn.stream import Stream
 from rbe.source import INDEX, SINGLE
 
 # In quantization_config of a folder that a plain torch model was saved to.
@@ -46,9 +47,15 @@ def save(model: nn.Module, folder: str | Path, max_shard_size: int = 5_000_000_0
         the folder.
 
     Raises:
-        RbeError: the model holds no seeds, or the folder is in use.
+        RbeError: the model holds no seeds, or streams, or the folder is in use.
     """
     folder = Path(folder)
+    stream = next((name or "the model" for name, module in model.named_modules() if isinstance(module, Stream)), None)
+    if stream is not None:
+        raise RbeError(
+            f"save: {stream} holds a stream, and a folder holds seeds in blocks alone; freeze() its streams and keep "
+            "model.state_dict(), whose tensors seed and scale are all of them"
+        )
     if not any(isinstance(module, Seeded) for module in model.modules()):
         raise RbeError("save: the model holds no seeds; call rbe.compress_(model, bits=2) first")
     with _new_folder(folder) as work:

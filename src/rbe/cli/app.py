@@ -203,7 +203,12 @@ def compress(
     ] = None,
     rates: Annotated[
         list[str] | None,
-        typer.Option("--rate", metavar="PATTERN=BITS", help="Another rate for matching modules, e.g. '*.attn.*=3'."),
+        typer.Option(
+            "--rate",
+            metavar="PATTERN=BITS",
+            help="Another rate for matching modules, e.g. '*.attn.*=3'; for a table "
+            "up to certain rows, '*wte=2048:3,1'.",
+        ),
     ] = None,
     calibrate: Annotated[
         str | None,
