@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 # Two test processes share two cores: more threads than that make every tiny product wait for the others.
@@ -9,6 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+from rbe.kernels import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,3 +83,19 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0)
     return _save(GPT2LMHeadModel(config), tmp_path_factory.mktemp("gpt2") / "dense")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Kernels are tested on the instruction tiers that a module names in TIERS."""
+    if "tier" in metafunc.fixturenames:
+        metafunc.parametrize("tier", metafunc.module.TIERS, indirect=True)
+
+
+@pytest.fixture
+def tier(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels on one tier; the test is skipped where the processor lacks it."""
+    if not cpu.tier_available(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    cpu.set_tier(request.param)
+    yield request.param
+    cpu.set_tier("")
