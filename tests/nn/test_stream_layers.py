@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from rbe.errors import RbeError
-from rbe.nn import Stream, StreamConv2d, StreamLinear, count
+from rbe.nn import Stream, StreamConv2d, StreamEmbedding, StreamLinear, StreamLSTM, count
 
 
 def layers(bias: bool, corner: bool) -> list[tuple[Stream, torch.Tensor]]:
@@ -87,6 +87,88 @@ def test_frozen_layers_go_through_files(tmp_path: Path) -> None:
     torch.testing.assert_close(again(x), expected)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_recurrent_layer_is_torchs_of_the_levels(bias: bool, both: bool) -> None:
+    torch.manual_seed(0)
+    layer = StreamLSTM(5, 6, 2, bias, batch_first=True, bidirectional=both, spread=0.5).eval()
+    dense = nn.LSTM(5, 6, 2, bias, batch_first=True, bidirectional=both).eval()
+    with torch.no_grad():
+        for name, p in dense.named_parameters():
+            kind, _, part = name.partition("_")
+            stream = layer.get_submodule(part)
+            assert isinstance(stream, StreamLinear)
+            whole = stream.levels * stream.log_scale.exp()
+            if kind == "weight":
+                p.copy_(whole[:, :-1] if stream.bias else whole)
+            else:
+                p.copy_(whole[:, -1] if part.startswith("ih") else torch.zeros(24))
+    x, state = torch.randn(3, 7, 5), (torch.randn(4 if both else 2, 3, 6), torch.randn(4 if both else 2, 3, 6))
+    y, (h, c) = layer(x, state)
+    wanted, (wanted_h, wanted_c) = dense(x, state)
+    for one, two in ((y, wanted), (h, wanted_h), (c, wanted_c)):
+        torch.testing.assert_close(one, two)
+    layer(x)[0].square().sum().backward()
+    dense(x)[0].square().sum().backward()
+    for name in ("ih_l0", "hh_l1"):
+        stream, gradient = layer.get_submodule(name), dense.get_parameter(f"weight_{name}").grad
+        assert isinstance(stream, StreamLinear)
+        assert gradient is not None
+        found = stream.latent.grad[:, : gradient.shape[1]]  # type: ignore[index]
+        torch.testing.assert_close(found, gradient * stream.log_scale.detach().exp(), rtol=1e-4, atol=1e-5)
+    for module in layer.modules():
+        if isinstance(module, Stream):
+            module.freeze()
+    torch.testing.assert_close(layer(x, state)[0], wanted)
+
+
+def test_a_table_gives_rows_and_serves_as_the_output() -> None:
+    torch.manual_seed(0)
+    table = StreamEmbedding(9, 4, spread=0.5)
+    index, x = torch.tensor([[3, 0, 3], [8, 1, 0]]), torch.randn(2, 3, 4)
+    weight = (table.levels * table.log_scale.detach().exp()).requires_grad_()
+    rows, scores = table(index), table.multiply(x)
+    wanted = functional.embedding(index, weight), functional.linear(x, weight)
+    torch.testing.assert_close((rows, scores), wanted)
+    (rows.square().sum() + scores.square().sum()).backward()
+    (wanted[0].square().sum() + wanted[1].square().sum()).backward()
+    scale = table.log_scale.detach().exp()
+    torch.testing.assert_close(table.latent.grad, weight.grad * scale, rtol=1e-4, atol=1e-5)  # type: ignore[operator]
+    torch.testing.assert_close(table.log_scale.grad, (weight.grad * weight.detach()).sum())  # type: ignore[operator]
+    table.freeze()
+    torch.testing.assert_close((table(index), table.multiply(x)), wanted)
+
+
+@pytest.mark.parametrize("corner", [False, True])
+def test_a_layer_starts_at_given_weights(corner: bool) -> None:
+    for layer, _ in layers(bias=True, corner=corner):
+        layer.spread = 0.1
+        rows, columns = layer.open_shape
+        shape = (6, 4, 3, 3) if isinstance(layer, StreamConv2d) else layer.shape
+        weight, bias = torch.randn(shape) * 0.3, torch.randn(6)
+        layer.start(weight, bias)
+        scale = layer.log_scale.detach().exp()
+        torch.testing.assert_close(scale, 0.1 * weight.flatten(1)[:rows, :columns].square().mean().sqrt())
+        made = layer.corner().detach()
+        torch.testing.assert_close(made[:, :-1], weight.flatten(1)[:rows, :columns], rtol=0, atol=0.51 * float(scale))
+        torch.testing.assert_close(made[:, -1], bias[:rows], rtol=0, atol=0.51 * float(scale))
+        layer.start(torch.zeros(shape))  # has no scale of its own
+        torch.testing.assert_close(layer.log_scale.detach().exp(), scale)
+        assert not layer.levels.any()
+
+
+def test_weights_to_start_at_are_checked() -> None:
+    layer = StreamLinear(4, 3)
+    with pytest.raises(RbeError, match=r"the layer is \(3, 4\)"):
+        layer.start(torch.ones(4, 3))
+    with pytest.raises(RbeError, match="with a bias of"):
+        layer.start(torch.ones(3, 4), torch.ones(4))
+    with pytest.raises(RbeError, match="not all finite"):
+        layer.start(torch.full((3, 4), torch.nan))
+    with pytest.raises(RbeError, match="frozen"):
+        layer.freeze().start(torch.ones(3, 4))
+
+
 def test_bad_input_is_refused_by_name() -> None:
     with pytest.raises(RbeError, match="not within"):
         StreamLinear(4, 4, open_shape=(5, 4))
@@ -98,6 +180,20 @@ def test_bad_input_is_refused_by_name() -> None:
         StreamLinear(4, 4)(torch.randn(2, 5))
     with pytest.raises(RbeError, match="must be"):
         StreamConv2d(4, 4, 3)(torch.randn(2, 3, 5, 5))
+    with pytest.raises(RbeError, match="indices are -1 to 4"):
+        StreamEmbedding(4, 4)(torch.tensor([-1, 4]))
+    with pytest.raises(RbeError, match="float32"):
+        StreamEmbedding(4, 4)(torch.ones(1))
+    with pytest.raises(RbeError, match="last side"):
+        StreamEmbedding(4, 4).multiply(torch.ones(2, 3))
+    with pytest.raises(RbeError, match="hidden_size 0"):
+        StreamLSTM(4, 0)
+    with pytest.raises(RbeError, match="no probability"):
+        StreamLSTM(4, 4, dropout=2.0)
+    with pytest.raises(RbeError, match="3-D with 4 features"):
+        StreamLSTM(4, 4)(torch.ones(2, 3, 5))
+    with pytest.raises(RbeError, match="a state is"):
+        StreamLSTM(4, 4)(torch.ones(2, 3, 4), (torch.ones(1, 2, 4), torch.ones(1, 3, 4)))
 
 
 def test_bytes_are_counted_whole() -> None:

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from rbe.errors import RbeError
 from rbe.formats import stream
-from rbe.nn import StreamLinear
+from rbe.nn import Stream, StreamLinear
+from rbe.nn.stream import streams
 from rbe.optim import StreamAdam
 from rbe.optim.stream import price
 
@@ -43,7 +44,6 @@ def test_the_pressure_leads_to_the_bytes() -> None:
     model, x, _ = problem()
     y = 5 * torch.randn(400, 20)  # nothing is to be learned: every level would be wanted, a little
     optimizer = StreamAdam(model, 100, 400, 3e-2)
-    optimizer.param_groups[0]["pressure"] = 1e-3  # where a run of thousands of steps has long been
     run(model, optimizer, x, y, 400)
     assert 70 < optimizer.count() < 120
 
@@ -56,12 +56,31 @@ def test_a_tight_number_of_bytes_is_kept() -> None:
     assert optimizer.fit() <= 20
 
 
-def test_training_goes_on_exactly_where_it_stopped() -> None:
+def test_every_group_keeps_to_bytes_of_its_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(StreamLinear(30, 40, spread=1.0), nn.ReLU(), StreamLinear(40, 30, spread=1.0))
+    first, second = streams(model)
+    optimizer = StreamAdam(model, [([first], 90), ([second], 20)], 100, 3e-2)
+    run(model, optimizer, torch.randn(400, 30), torch.randn(400, 30), 100)
+    assert optimizer.settle()
+    assert 45 < len(first.pack()) <= 90
+    assert 10 < len(second.pack()) <= 20
+    assert optimizer.count() == len(first.pack()) + len(second.pack()) == optimizer.fit()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_training_goes_on_exactly_where_it_stopped(grouped: bool) -> None:
     model, x, y = problem()
-    optimizer = StreamAdam(model, 60, 80)
+    if grouped:
+        model = nn.Sequential(model, StreamLinear(20, 20))
+
+    def budget(model: nn.Module) -> int | list[tuple[list[Stream], int]]:
+        return [([layer], 60) for layer in streams(model)] if grouped else 60
+
+    optimizer = StreamAdam(model, budget(model), 80)
     run(model, optimizer, x, y, 33)
     second = copy.deepcopy(model)
-    resumed = StreamAdam(second, 60, 80)
+    resumed = StreamAdam(second, budget(second), 80)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     run(model, optimizer, x, y, 47)
     run(second, resumed, x, y, 47)
@@ -84,3 +103,8 @@ def test_bad_numbers_and_models_are_refused() -> None:
         StreamAdam(StreamLinear(4, 4), 0, 10)
     with pytest.raises(RbeError, match="no open streams"):
         StreamAdam(nn.Linear(4, 4), 10, 10)
+    model = nn.Sequential(StreamLinear(4, 4), StreamLinear(4, 4))
+    first, second = streams(model)
+    for parts in ([first], [first, first], [first, second, second]):
+        with pytest.raises(RbeError, match="every open stream once"):
+            StreamAdam(model, [(parts, 10)], 10)

@@ -14,9 +14,9 @@ import transformers
 from PIL import Image
 
 from rbe.errors import RbeError
-from rbe.nn import Seeded
+from rbe.nn import Seeded, Stream, StreamEmbedding
 from rbe.train import Config, Result, load, load_config, train
-from rbe.train.config import Data, Model, Recipe, Seeds
+from rbe.train.config import Data, Layer, Model, Recipe, Seeds
 from rbe.train.data import flipped
 from rbe.train.data import load as load_images
 from rbe.train.language import adopt
@@ -74,6 +74,19 @@ def test_a_residual_network_learns_and_counts_by_layer(streams: Config, tmp_path
     assert load(tmp_path / "out")(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
 
 
+def test_a_residual_network_of_streams_learns(streams: Config, tmp_path: Path) -> None:
+    config = replace(streams, seeds=Seeds("stream", bytes=30_000, layer=(Layer("conv", format="dense"),)))
+    model = build(config)
+    found = [m for m in model.modules() if isinstance(m, Stream)]
+    assert len(found) == 19
+    assert [m.cells for m in found] == [9] * 18 + [1]
+    assert all(m.open_shape == m.shape and not m.slim for m in found)
+    result = train(config, tmp_path / "out")
+    assert result.accuracy > 0.8
+    assert result.seed_bytes <= 30_000 + 4 * 27 * 16
+    assert load(tmp_path / "out")(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
+
+
 def test_half_of_the_images_are_mirrored() -> None:
     x = torch.arange(3.0).expand(100, 1, 2, 3)
     y = flipped(x, torch.Generator().manual_seed(0))
@@ -92,18 +105,21 @@ def characters(tmp_path: Path) -> Config:
     return Config("text", Data("text.txt", "characters", length=20), model, Seeds(block=8), recipe, tmp_path)
 
 
-@pytest.mark.parametrize("format", ["outer128", "dense"])
+@pytest.mark.parametrize("format", ["outer128", "stream", "dense"])
 def test_characters(characters: Config, tmp_path: Path, format: str) -> None:
-    config = replace(characters, seeds=replace(characters.seeds, format=format))
+    made = Seeds("stream", bytes=2000) if format == "stream" else replace(characters.seeds, format=format)
+    rates = {"lr": 5e-2, "dense_lr": 1e-2} if format == "stream" else {}
+    config = replace(characters, seeds=made, train=replace(characters.train, **rates))
     result = train(config, tmp_path / "out")
     # One bit a word of five characters is all there is; guessing by frequency is 2.9 bits a character.
     assert 0.2 < result.value < 1.0
     assert result.metric == "bits_per_character"
     assert result.to_json()["bits_per_character"] == result.value
     assert result.validation == min(result.curve)  # less is better
-    names = [name for name, m in load(tmp_path / "out").named_modules() if isinstance(m, Seeded)]
+    names = [name for name, m in load(tmp_path / "out").named_modules() if isinstance(m, Seeded | Stream)]
     wanted = ["embed", *(f"lstm.{side}_l{k}" for k in (0, 1) for side in ("ih", "hh")), "linear"]
-    assert names == (wanted if format == "outer128" else [])
+    assert names == (wanted if format != "dense" else [])
+    assert format != "stream" or result.bytes == result.seed_bytes + 4 * len(names) <= 2000 + 24
 
 
 class Stopped(Exception):
@@ -168,6 +184,25 @@ def test_translation_in_seeds(pairs: Config, tmp_path: Path) -> None:
     assert result.ratio > 14  # blocks of 8 are 16:1, with sides that do not fill them
 
 
+def test_translation_in_streams_with_bytes_of_two_groups(pairs: Config, tmp_path: Path) -> None:
+    """Attention and feed-forward have a number of bytes each; the table is as it says, dense or a stream of its own."""
+    losses: list[float] = []
+    layers = (Layer("*.[io]*er", bytes=700), Layer("embed", format="dense"))
+    config = replace(pairs, seeds=Seeds("stream", layer=layers, bytes=1500), train=replace(pairs.train, epochs=3))
+    result = train(config, tmp_path / "out", lambda p: losses.append(p.loss))
+    assert losses[-1] < 0.7 * losses[0]
+    found = {name: len(m.seed) for name, m in load(tmp_path / "out").named_modules() if isinstance(m, Stream)}
+    wide = [size for name, size in found.items() if name.endswith(("inner", "outer"))]
+    assert (len(found), len(wide)) == (11, 4)
+    assert sum(wide) <= 700
+    assert sum(found.values()) - sum(wide) <= 1500
+    assert result.seed_bytes == sum(found.values()) + 4 * 285 * 32
+    table = replace(config, seeds=replace(config.seeds, layer=(Layer("embed", bytes=2000),)))
+    made = build(table).embed
+    assert isinstance(made, StreamEmbedding)
+    assert train(replace(table, train=replace(table.train, epochs=1)), tmp_path / "table").seed_bytes <= 3500
+
+
 def test_padding_changes_no_translation() -> None:
     model = Translator(Model(vocabulary=20, layers=1, size=16, heads=2, inner=32)).eval()
     one, two = torch.tensor([[5, 6, 7]]), torch.tensor([[5, 6, 7, 0, 0]])
@@ -202,15 +237,16 @@ def language(tmp_path: Path) -> Config:
     return Config("gpt", data, model, Seeds(block=8), Recipe(epochs=6, batch=8, lr=2e-2), tmp_path)
 
 
-@pytest.mark.parametrize("format", ["outer128", "dense"])
+@pytest.mark.parametrize("format", ["outer128", "stream", "dense"])
 def test_language(language: Config, tmp_path: Path, format: str) -> None:
-    config = replace(language, seeds=replace(language.seeds, format=format))
-    config = replace(config, train=replace(config.train, lr=1e-2 if format == "outer128" else 5e-3))
+    made = Seeds("stream", bytes=3000) if format == "stream" else replace(language.seeds, format=format)
+    rate, epochs = {"outer128": (1e-2, 6), "stream": (5e-2, 12), "dense": (5e-3, 6)}[format]
+    config = replace(language, seeds=made, train=replace(language.train, lr=rate, epochs=epochs))
     result = train(config, tmp_path / "out")
     # Two of five words have two choices: 2^(2/5) = 1.32 is the least; guessing is 7.
-    assert 1.2 < result.value < (2.3 if format == "outer128" else 1.6)
-    names = [name for name, m in load(tmp_path / "out").named_modules() if isinstance(m, Seeded)]
-    assert len(names) == (2 + 2 * 4 if format == "outer128" else 0)
+    assert 1.2 < result.value < (2.3 if format != "dense" else 1.6)
+    names = [name for name, m in load(tmp_path / "out").named_modules() if isinstance(m, Seeded | Stream)]
+    assert len(names) == (2 + 2 * 4 if format != "dense" else 0)
 
 
 def test_a_model_of_transformers_is_measured_and_teaches(language: Config, tmp_path: Path) -> None:
@@ -232,6 +268,10 @@ def test_a_model_of_transformers_is_measured_and_teaches(language: Config, tmp_p
     assert torch.equal(load(tmp_path / "measured").embed.weight, given.transformer.wte.weight)
     student = replace(language, train=replace(language.train, epochs=1, teacher="given", steps=2))
     assert isinstance(train(student, tmp_path / "student"), Result)
+    close = replace(config, seeds=Seeds("stream", bytes=99_999, spread=0.05))
+    near = train(close, tmp_path / "near")  # starts at the given model, of which it is a fine rounding
+    assert near.value == pytest.approx(result.value, rel=0.01)
+    assert torch.equal(load(tmp_path / "near").norm.weight, given.transformer.ln_f.weight)
     with pytest.raises(RbeError, match="cannot be read"):
         train(replace(student, train=replace(student.train, teacher=".")), tmp_path / "other")
     wrong = replace(config, model=replace(config.model, size=16))
@@ -252,7 +292,7 @@ def test_what_the_data_does_not_fit(
         TASKS["characters"](replace(characters, data=replace(characters.data, length=100_000)))
     with pytest.raises(RbeError, match="raise"):
         TASKS["translation"](replace(pairs, data=replace(pairs.data, length=2)))
-    with pytest.raises(RbeError, match="not offered for characters"):
+    with pytest.raises(RbeError, match="no finished run"):
         train(replace(characters, model=replace(characters.model, start="x")), tmp_path / "out")
     (tmp_path / "val.en.txt").write_text("one\n")
     with pytest.raises(RbeError, match="give pairs"):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from torch import nn
 
 from rbe.cli import learn
 from rbe.errors import RbeError
-from rbe.nn import Seeded
+from rbe.nn import Seeded, StreamLinear
 from rbe.train import Config, Progress, data, load, load_config, train
 from rbe.train.data import shifted
-from rbe.train.networks import build, sizes
+from rbe.train.networks import build, dense, sizes
+from rbe.train.planting import matrices
 from rbe.train.run import CHECKPOINT, RESULT, accuracy
 
 Write = Callable[..., Path]
@@ -72,6 +74,49 @@ def test_a_network_of_streams_keeps_to_its_bytes_and_goes_on_where_it_stopped(wr
     assert (again.curve, again.seed_bytes, again.value) == (result.curve, result.seed_bytes, result.value)
 
 
+def test_streams_and_dense_matrices_stand_side_by_side(write: Write, tmp_path: Path) -> None:
+    text = STREAM.replace("bytes = 90\n", "bytes = 70\n").replace("[64, 32, 4]\nnorm = 'none'", "[64, 32, 16, 8, 4]")
+    text += "[[seeds.layer]]\npattern = 'linear2'\nformat = 'dense'\n"
+    text += "[[seeds.layer]]\npattern = 'linear[34]'\nbytes = 40\n"
+    result = train(load_config(write(text)), tmp_path / "out")
+    model = load(tmp_path / "out")
+    layers = [model.get_submodule(f"linear{k}") for k in (1, 2, 3, 4)]
+    assert [type(layer) for layer in layers] == [StreamLinear, nn.Linear, StreamLinear, StreamLinear]
+    first, _, third, fourth = layers
+    assert (len(first.seed) <= 70, len(third.seed) + len(fourth.seed) <= 40) == (True, True)
+    seeds = len(first.seed) + len(third.seed) + len(fourth.seed)
+    assert result.seed_bytes == seeds + 4 * 32 * 16
+    assert result.bytes == result.seed_bytes + 3 * 4 + 4 * 16 + 4 * 4 * (32 + 16 + 8)  # scales, a bias, norms
+    assert result.accuracy > 0.6
+
+
+def test_a_chain_knows_its_cells_and_a_narrow_layer_stands_before_norms(write: Write, tmp_path: Path) -> None:
+    text = STREAM.replace("norm = 'none'\n", "").replace("bytes = 90", "bytes = 90\nrows = [16, 4]")
+    config = load_config(write(text))
+    first, second = build(config).linear1, build(config).linear2
+    assert (first.cells, first.open_shape, second.cells, second.open_shape) == (8, (16, 64), 1, (4, 16))
+    assert not first.slim
+    train(config, tmp_path / "out")
+    bare = build(load_config(write(text.replace("[seeds]", "norm = 'none'\n[seeds]")))).linear1
+    assert bare.slim
+
+
+def test_a_network_of_streams_starts_at_a_dense_one(write: Write, tmp_path: Path) -> None:
+    path = write("[seeds]\nformat = 'dense'\n[train]\nepochs = 3\nbatch = 50\nlr = 0.01\n")
+    dense = train(load_config(path), tmp_path / "dense")
+    text = "[model]\nwidths = [64, 32, 4]\nstart = 'dense'\n[seeds]\nformat = 'stream'\nbytes = 5000\nspread = 0.1\n"
+    config = load_config(write(text + "[train]\nepochs = 0\n"))
+    result = train(config, tmp_path / "out")
+    assert result.value == pytest.approx(dense.value, abs=0.02)
+    given, made = load(tmp_path / "dense"), load(tmp_path / "out")
+    torch.testing.assert_close(made.norm1.weight, given.norm1.weight, rtol=0, atol=0)
+    torch.testing.assert_close(made.linear1.weight, given.linear1.weight, rtol=0, atol=0.02)
+    with pytest.raises(RbeError, match="has a norm norm1"):
+        train(replace(config, model=replace(config.model, norm="none")), tmp_path / "bare")
+    with pytest.raises(RbeError, match=r"linear1 is \(16, 64\)"):
+        train(replace(config, model=replace(config.model, widths=(64, 16, 4))), tmp_path / "small")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -79,6 +124,11 @@ def test_a_network_of_streams_keeps_to_its_bytes_and_goes_on_where_it_stopped(wr
         (STREAM.replace("bytes = 90", "bytes = 90\nrows = [4]"), "2 positive numbers"),
         (STREAM + "flip_every = 4\n", "no meaning"),
         (STREAM + "rest_bits = 16\n", "no meaning"),
+        (STREAM + "weight_decay = 0.1\npull = 0.1\n", "weight_decay, pull have no meaning"),
+        (STREAM + "[[seeds.layer]]\npattern = 'linear1'\nformat = 'outer128'\n", "outer128 cannot stand beside"),
+        (STREAM + "[[seeds.layer]]\npattern = 'linear1'\nbytes = 0\n", "positive number"),
+        (STREAM + "[[seeds.layer]]\npattern = 'linear1'\nformat = 'dense'\nbytes = 9\n", "of format stream"),
+        (STREAM.replace("bytes = 90", "bytes = 90\nrows = [4, 4]\n[[seeds.layer]]\npattern = '*1'\n"), "rows"),
     ],
 )
 def test_what_means_nothing_for_streams_is_refused(write: Write, text: str, message: str) -> None:
@@ -311,6 +361,28 @@ def test_the_examples_have_the_bytes_they_say(name: str, weights: int, seed_byte
     assert sizes(model)["seed_bytes"] == seed_bytes
 
 
+@pytest.mark.parametrize(
+    ("name", "pattern", "ratio"),
+    [
+        ("lstm-180-stream", "lstm.*", 180),
+        ("resnet20-64-stream", "*", 64),
+        ("resnet20x4-150-stream", "*", 150),
+        ("multi30k-stream", "*.attention.*", 200),
+        ("multi30k-stream", "*er", 250),
+        ("gpt-200-stream", "*", 200),
+    ],
+)
+def test_the_examples_of_streams_have_the_ratio_they_say(name: str, pattern: str, ratio: int) -> None:
+    config = load_config(EXAMPLES / f"{name}.toml")
+    found = [m for m in matrices(dense(config)) if fnmatchcase(m.name, pattern)]
+    allowed = config.seeds.budget(found[0].name)
+    together = [m for m in matrices(dense(config)) if config.seeds.budget(m.name) == allowed]
+    together = [m for m in together if config.seeds.of(m.name, 0).format == "stream"]
+    assert {m.name for m in found} <= {m.name for m in together}
+    weights = sum(m.weight.numel() for m in (found if name.startswith("lstm") else together))
+    assert ratio <= 4 * weights / allowed[1] < 1.01 * ratio
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_example_is_a_configuration(path: Path) -> None:
     config = load_config(path)
@@ -319,9 +391,11 @@ def test_every_example_is_a_configuration(path: Path) -> None:
         taught_by = load_config(EXAMPLES / f"{Path(config.train.teacher).name}.toml")
         assert taught_by.seeds.format == "dense"
         # A student may do without the norms of its teacher.
-        alike = {"dropout": 0.0, "norm": "batch"}
+        alike = {"dropout": 0.0, "norm": "batch", "start": None}
         assert replace(taught_by.model, **alike) == replace(config.model, **alike)
         assert taught_by.data == config.data
+        if config.model.start is not None:
+            assert config.model.start == config.train.teacher
 
 
 def test_the_command_writes_a_page_and_one_line(

@@ -12,7 +12,8 @@ from rbe.nn.position import SeededEncoding, SinusoidalEncoding
 from rbe.nn.recurrent import GRU, LSTM
 from rbe.nn.rest import fold_norms, pack, round_rest, stored_bytes, unpack
 from rbe.nn.seeded import Seeded, SeededVector, set_activations
-from rbe.nn.stream import Stream, StreamConv2d, StreamLinear
+from rbe.nn.stream import Stream, StreamConv2d, StreamEmbedding, StreamLinear
+from rbe.nn.stream_lstm import StreamLSTM
 from rbe.nn.transformer import BlockCache, TransformerBlock, TransformerDecoder, TransformerEncoder
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "SinusoidalEncoding",
     "Stream",
     "StreamConv2d",
+    "StreamEmbedding",
+    "StreamLSTM",
     "StreamLinear",
     "TransformerBlock",
     "TransformerDecoder",

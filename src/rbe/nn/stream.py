@@ -56,7 +56,7 @@ class Stream(nn.Module):
         self, shape: tuple[int, int], cells: int, bias: bool, spread: float, open_shape: tuple[int, int] | None
     ) -> None:
         super().__init__()
-        self.shape, self.cells, self.bias, self.slim = shape, cells, bias, False
+        self.shape, self.cells, self.bias, self.spread, self.slim = shape, cells, bias, spread, False
         self.open_shape = rows, columns = shape if open_shape is None else open_shape
         if not all(1 <= part <= whole for part, whole in zip(self.open_shape, shape, strict=True)):
             raise RbeError(f"{type(self).__name__}: the corner {self.open_shape} is not within the matrix {shape}")
@@ -67,6 +67,43 @@ class Stream(nn.Module):
         self.latent = nn.Parameter(functional.pad(latent, (0, 1)) if bias else latent)
         self.log_scale = nn.Parameter(torch.tensor(math.log(spread * deviation)))
         self._decoded: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def start(self, matrix: Tensor, bias: Tensor | None = None) -> Self:
+        """Begin at given weights: the scale is `spread` times their root mean square, the latents are the weights.
+
+        >>> layer = StreamLinear(20, 40, spread=0.25)
+        >>> weight = torch.randn(40, 20)
+        >>> _ = layer.start(weight)
+        >>> bool((layer.weight - weight).abs().max() <= 0.13)
+        True
+
+        Args:
+            matrix: (rows, columns), or a kernel with as many; what lies outside the open corner is left out.
+            bias: (rows,), zeros when left out; of no meaning to a layer that has none.
+
+        Raises:
+            RbeError: the layer is frozen, or the weights have other sides or are not finite.
+        """
+        matrix = matrix.detach().flatten(1).float()
+        given = torch.zeros(self.shape[0]) if bias is None else bias.detach().float()
+        if not self.trainable:
+            raise RbeError(f"{type(self).__name__}: a frozen stream cannot start anew; build an open one")
+        if tuple(matrix.shape) != self.shape or given.shape != (self.shape[0],):
+            raise RbeError(
+                f"{type(self).__name__}: the weights to start at are {tuple(matrix.shape)} with a bias of "
+                f"{tuple(given.shape)}; the layer is {self.shape}"
+            )
+        if not (matrix.isfinite().all() and given.isfinite().all()):
+            raise RbeError(f"{type(self).__name__}: the weights to start at are not all finite; give others")
+        rows, columns = self.open_shape
+        matrix = matrix[:rows, :columns]
+        size = float(matrix.square().mean().sqrt())
+        if size:
+            self.log_scale.fill_(math.log(self.spread * size))
+        whole = torch.cat((matrix, given[:rows, None].to(matrix)), 1) if self.bias else matrix
+        self.latent.copy_((whole / self.log_scale.exp()).clamp(-LARGEST, LARGEST))
+        return self
 
     @property
     def trainable(self) -> bool:
@@ -127,6 +164,10 @@ class Stream(nn.Module):
             self._decoded = self.seed, kept.to_sparse()
         return self._decoded[1].to_dense().to(self.scale) * self.scale
 
+    def matrix(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """(open corner, its bias or None), made now, with gradients if open."""
+        return self._parts(self.corner().to(dtype))
+
     def _parts(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
         return (matrix[:, :-1], matrix[:, -1]) if self.bias else (matrix, None)
 
@@ -174,7 +215,7 @@ class StreamLinear(Stream):
         """x (..., in_features) to (..., out_features), in x's dtype."""
         if x.ndim < 1 or x.shape[-1] not in (self.in_features, self.open_shape[1]):
             raise RbeError(f"StreamLinear: x is {tuple(x.shape)}; its last side must be {self.in_features}")
-        weight, bias = self._parts(self.corner().to(x.dtype))
+        weight, bias = self.matrix(x.dtype)
         y = functional.linear(x[..., : self.open_shape[1]], weight, bias)
         return y if self.slim else functional.pad(y, (0, self.out_features - self.open_shape[0]))
 
@@ -222,7 +263,7 @@ class StreamConv2d(Stream):
         if x.ndim != 4 or x.shape[1] not in (self.in_channels, self.open_shape[1] // self.cells):
             raise RbeError(f"StreamConv2d: x is {tuple(x.shape)}; it must be (n, {self.in_channels}, height, width)")
         rows, columns = self.open_shape
-        weight, bias = self._parts(self.corner().to(x.dtype))
+        weight, bias = self.matrix(x.dtype)
         kernel = weight.reshape(rows, columns // self.cells, *self.kernel_size)
         # Of the layouts the processors of today offer, the faster one for few channels.
         x = x[:, : kernel.shape[1]].contiguous(memory_format=torch.channels_last)
@@ -235,6 +276,52 @@ class StreamConv2d(Stream):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, bias={self.bias}"
         )
+
+
+class StreamEmbedding(Stream):
+    """A table whose rows are in one stream of bits; constructor shapes like torch's.
+
+    >>> table = StreamEmbedding(100, 32)
+    >>> x = table(torch.tensor([[3, 5, 99]]))
+    >>> x.shape, table.multiply(x).shape
+    (torch.Size([1, 3, 32]), torch.Size([1, 3, 100]))
+
+    Args:
+        num_embeddings, embedding_dim: as torch's.
+        spread: as for `StreamLinear`.
+
+    Raises:
+        RbeError: a number does not fit; on the forward pass, an index is outside the table or no whole number.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, spread: float = 2.0) -> None:
+        super().__init__((num_embeddings, embedding_dim), 1, False, spread, None)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Rows of the table, (*index.shape, embedding_dim) float32."""
+        if index.dtype not in (torch.int32, torch.int64):
+            raise RbeError(f"StreamEmbedding: the index is {index.dtype}; it must be int32 or int64")
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.num_embeddings:
+            raise RbeError(
+                f"StreamEmbedding: indices are {int(index.min())} to {int(index.max())}, but the table has "
+                f"{self.num_embeddings} rows"
+            )
+        if not self.trainable:
+            return functional.embedding(index, self.corner())
+        # Only the rows that are looked up are rounded.
+        rows: Tensor = _Rounded.apply(functional.embedding(index, self.latent))  # type: ignore[no-untyped-call]
+        return rows * self.log_scale.exp()
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x (..., embedding_dim) against every row, as a tied output: (..., num_embeddings)."""
+        if x.ndim < 1 or x.shape[-1] != self.embedding_dim:
+            raise RbeError(f"StreamEmbedding: x is {tuple(x.shape)}; its last side must be {self.embedding_dim}")
+        return functional.linear(x, self.corner().to(x.dtype))
+
+    def extra_repr(self) -> str:
+        """Shapes."""
+        return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
 def streams(model: nn.Module) -> list[Stream]:

@@ -1,19 +1,24 @@
 """`StreamAdam`: training of streams under a number of bytes; every level is weighed by the bits it costs."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rbe.errors import RbeError
-from rbe.nn.stream import streams
+from rbe.nn.stream import Stream, streams
 
-# Steps between two estimates of what the streams cost.
-EVERY = 10
-# Share of the run after which the number of bytes is reached.
-REACH = 0.5
+# Steps between two estimates of what the streams cost, at most, and estimates of a run at least.
+EVERY, LEAST = 10, 200
+# Share of the run after which the number of bytes is reached, and how much faster bytes fall at the start than evenly:
+# levels that are gone come back slowly, so that the end must be reached gently.
+REACH, EASE = 0.5, 1.5
+# The pressure at the start, in mean gradients a bit; what an error of the bytes, and what its change, does to it.
+PRESSURE, INTEGRAL, PROPORTIONAL = 0.05, 0.2, 5.0
+# The logarithm of the pressure changes by no more at once.
+LIMIT = 0.7
 # From this share of that time on the true bytes are counted at every so many estimates; before, they decide nothing.
 NEAR, COUNTED = 0.8, 5
 # The bytes aimed at, below those allowed: the last steps turn single levels on and off.
@@ -70,9 +75,9 @@ class StreamAdam(torch.optim.Adam):
     """Adam that brings the streams of a model to a number of bytes within half of the steps, and keeps them there.
 
     To the gradient of every latent it adds what one more step away from 0 costs there in bits, times a pressure that
-    follows how far the streams are from the bytes of the moment: those go down evenly, in logarithm, from the bytes of
-    the fresh model. A level is thus given up where it serves the loss less than its bits do elsewhere, and comes back
-    where the gradient says it is worth them.
+    follows how far the streams are from the bytes of the moment, and how that changes: those go down in logarithm, from
+    the bytes of the fresh model, ever more slowly. A level is thus given up where it serves the loss less than its bits
+    do elsewhere, and comes back where the gradient says it is worth them.
 
     >>> from rbe.nn import StreamLinear
     >>> model = nn.Sequential(StreamLinear(16, 32), nn.ReLU(), StreamLinear(32, 4))
@@ -86,19 +91,19 @@ class StreamAdam(torch.optim.Adam):
 
     Args:
         model: with open stream layers.
-        bytes: of all seeds together.
+        bytes: of all seeds together; or pairs (layers, bytes of their seeds together) that name every open stream once.
         steps: of the whole run.
         lr: learning rate of latents, in levels; dense_lr: of everything else, logarithms of scales too.
         betas, eps: as in Adam.
 
     Raises:
-        RbeError: there is no open stream, or a number is not positive.
+        RbeError: there is no open stream, a number is not positive, or the pairs leave out a stream or name it twice.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        bytes: int,
+        bytes: int | Sequence[tuple[Sequence[Stream], int]],
         steps: int,
         lr: float = 2e-2,
         *,
@@ -106,22 +111,30 @@ class StreamAdam(torch.optim.Adam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        for name, value in {"bytes": bytes, "steps": steps, "lr": lr, "dense_lr": dense_lr}.items():
+        layers = [layer for layer in streams(model) if layer.trainable]
+        if not layers:
+            raise RbeError("StreamAdam: the model has no open streams; build it of rbe.nn.StreamLinear, StreamConv2d")
+        parts = [(layers, bytes)] if isinstance(bytes, int | float) else bytes
+        self.parts = [(list(some), size) for some, size in parts]
+        numbers = [("steps", steps), ("lr", lr), ("dense_lr", dense_lr), *(("bytes", size) for _, size in self.parts)]
+        for name, value in numbers:
             if not 0 < value < math.inf:
                 raise RbeError(f"StreamAdam: {name} is {value}; it must be positive")
-        self.layers = [layer for layer in streams(model) if layer.trainable]
-        if not self.layers:
-            raise RbeError("StreamAdam: the model has no open streams; build it of rbe.nn.StreamLinear, StreamConv2d")
-        latents = [layer.latent for layer in self.layers]
-        own = {id(p) for p in latents}
+        named = [id(layer) for some, _ in self.parts for layer in some]
+        if sorted(named) != sorted(map(id, layers)):
+            raise RbeError("StreamAdam: the pairs of layers and bytes must name every open stream once")
+        own = {id(layer.latent) for layer in layers}
         dense = [p for p in model.parameters() if id(p) not in own]
-        # In the group, so that a state dict has them: the pressure, steps done, bits at the start, true to estimated.
-        about = {"pressure": 1e-7, "done": 0, "fresh": 0.0, "true": 1.0}
-        groups = [{"role": "latent", "lr": lr, "params": latents, **about}]
+        # In the group, so that a state dict has them: the pressure, steps done, bits at the start, true to estimated,
+        # and how far the bits are from those of the moment, in logarithm.
+        about = {"pressure": 0.0, "done": 0, "fresh": 0.0, "true": 1.0, "error": 0.0}
+        groups = [
+            {"role": "latent", "lr": lr, "params": [layer.latent for layer in some], **about} for some, _ in self.parts
+        ]
         groups += [{"role": "dense", "lr": dense_lr, "params": dense}] if dense else []
         super().__init__(groups, lr, betas, eps)
-        self.bytes, self.steps = bytes, steps
-        self.costs: list[Tensor] = []
+        self.steps, self.every = steps, max(1, min(EVERY, steps // LEAST))
+        self.costs: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -134,39 +147,51 @@ class StreamAdam(torch.optim.Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        group = self.param_groups[0]
-        if not self.costs and group["done"]:
-            self.costs = [self.state[latent]["cost"] for latent in group["params"]]
-        weigh = group["done"] % EVERY == 0
-        if weigh:
-            self._weigh(group)
-        for latent, cost in zip(group["params"], self.costs, strict=True):
-            if latent.grad is not None:
-                latent.grad.addcmul_(cost, latent.sign(), value=group["pressure"])
+        groups = self.param_groups[: len(self.parts)]
+        if not self.costs and groups[0]["done"]:
+            self.costs = {latent: self.state[latent]["cost"] for group in groups for latent in group["params"]}
+        weigh = groups[0]["done"] % self.every == 0
+        for group, (layers, size) in zip(groups, self.parts, strict=True):
+            if weigh:
+                self._weigh(group, layers, size)
+            for latent in group["params"]:
+                if latent.grad is not None:
+                    latent.grad.addcmul_(self.costs[latent], latent.sign(), value=group["pressure"])
+            group["done"] += 1
         super().step()
         if weigh:
             # Only after Adam has made its own state; saved and resumed with it.
-            for latent, cost in zip(group["params"], self.costs, strict=True):
+            for latent, cost in self.costs.items():
                 self.state[latent]["cost"] = cost
-        group["done"] += 1
         return loss
 
-    def _weigh(self, group: dict[str, Any]) -> None:
-        found = [price(latent) for latent in group["params"]]
-        self.costs = [cost for _, cost in found]
-        bits = sum(bits for bits, _ in found)
-        group["fresh"] = group["fresh"] or bits
+    def _weigh(self, group: dict[str, Any], layers: list[Stream], size: int) -> None:
+        bits = 0.0
+        for latent in group["params"]:
+            part_bits, self.costs[latent] = price(latent)
+            bits += part_bits
+        if not group["pressure"]:
+            group["fresh"], group["pressure"] = bits, PRESSURE * self._gradient(group)
         part = min(1.0, group["done"] / (REACH * self.steps))
         # Writing the streams takes longer than a step where there are millions of weights.
-        if part >= NEAR and group["done"] % (COUNTED * EVERY) == 0:
-            group["true"] = 8 * self.count() / bits
-        aim = 8 * AIM * self.bytes / group["true"]
-        target = group["fresh"] * (aim / group["fresh"]) ** part
-        group["pressure"] *= math.exp(max(-0.3, min(0.3, 0.1 * math.log(bits / target))))
+        if part >= NEAR and group["done"] % (COUNTED * self.every) == 0:
+            group["true"] = 8 * _size(layers) / bits
+        aim = 8 * AIM * size / group["true"]
+        target = group["fresh"] * (aim / group["fresh"]) ** (1 - (1 - part) ** EASE)
+        error = math.log(bits / target)
+        change = INTEGRAL * error + PROPORTIONAL * (error - group["error"])
+        group["pressure"] *= math.exp(max(-LIMIT, min(LIMIT, change)))
+        group["error"] = error
+
+    def _gradient(self, group: dict[str, Any]) -> float:
+        """Mean gradient of a latent for a mean bit; next to nothing where there is none yet."""
+        latents = [latent for latent in group["params"] if latent.grad is not None]
+        cost = sum(float(self.costs[latent].sum()) for latent in latents)
+        return sum(float(latent.grad.abs().sum()) for latent in latents) / cost + 1e-12 if cost else 1e-12
 
     def count(self) -> int:
         """Bytes of all seeds now."""
-        return sum(len(layer.pack()) for layer in self.layers)
+        return sum(_size(layers) for layers, _ in self.parts)
 
     def settle(self) -> bool:
         """Whether the streams should have their bytes by now; if so, they are made to fit."""
@@ -180,14 +205,22 @@ class StreamAdam(torch.optim.Adam):
         """Set the weakest levels, those nearest to being rounded to 0, to 0 until the seeds have the bytes allowed.
 
         Returns:
-            their bytes.
+            the bytes of all.
         """
-        while (size := self.count()) > self.bytes:
-            every = torch.cat([layer.latent.abs().flatten() for layer in self.layers])
-            there = every[every.round() > 0].sort().values
-            if not len(there):
-                break
-            share = max(1, int(len(there) * min(0.5, 0.7 * (1 - self.bytes / size))))
-            for layer in self.layers:
-                layer.latent[layer.latent.abs() <= there[share - 1]] = 0
-        return size
+        whole = 0
+        for layers, allowed in self.parts:
+            while (size := _size(layers)) > allowed:
+                every = torch.cat([layer.latent.abs().flatten() for layer in layers])
+                there = every[every.round() > 0].sort().values
+                if not len(there):
+                    break
+                share = max(1, int(len(there) * min(0.5, 0.7 * (1 - allowed / size))))
+                for layer in layers:
+                    layer.latent[layer.latent.abs() <= there[share - 1]] = 0
+            whole += size
+        return whole
+
+
+def _size(layers: Sequence[Stream]) -> int:
+    """Bytes of the seeds of some layers."""
+    return sum(len(layer.pack()) for layer in layers)

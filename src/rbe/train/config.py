@@ -47,7 +47,8 @@ class Model:
         layers: of lstm and gpt; of the encoder, and as many of the decoder, of a transformer.
         size: units of a lstm, features of a transformer; heads: of its attention; inner: of its feed-forward network.
         dropout: of embeddings and of what layers return.
-        start: gpt: folder of a GPT-2 model of transformers with whose dense tensors it starts.
+        start: folder of a run of a dense network of the same shape, for gpt also of a GPT-2 model of transformers:
+            dense tensors and streams begin with its weights, other seeds do not.
     """
 
     kind: str = "mlp"
@@ -71,12 +72,14 @@ class Layer:
         pattern: shell pattern of a matrix's name, as in the plan that a run prints; the last that matches decides.
         format: "dense", or as in `Seeds`.
         block, stages: as in `Seeds`.
+        bytes: stream: of the seeds of these matrices together, apart from those that `Seeds.bytes` is for.
     """
 
     pattern: str
     format: str | None = None
     block: int | None = None
     stages: int | None = None
+    bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,10 @@ class Seeds:
         bias: True (dense), False or "seed".
         layer: exceptions by name.
         bytes: seeds of all matrices together; block edges are then chosen by measured sensitivity. 0: as given. For
-            stream they must be given, and training keeps to them.
-        rows: stream: rows of each matrix in turn that may have weights; the others are 0 from the start, and cost no
-            time. Empty: all.
+            stream they must be given, and training keeps to them; matrices of a pattern with bytes of its own do not
+            count.
+        rows: stream, mlp and lenet5: rows of each matrix in turn that may have weights; the others are 0 from the
+            start, and cost no time. Empty: all.
         spread: stream: scale at the start, see `rbe.nn.StreamLinear`.
     """
 
@@ -115,6 +119,16 @@ class Seeds:
                 given = {k: v for k, v in dataclasses.asdict(layer).items() if k != "pattern" and v is not None}
                 mine = replace(mine, **given)
         return mine
+
+    @property
+    def streamed(self) -> bool:
+        """Whether some matrix is a stream; the others are dense then."""
+        return "stream" in (self.format, *(layer.format for layer in self.layer))
+
+    def budget(self, name: str) -> tuple[str, int]:
+        """(pattern, bytes) of the streams that a stream shares its bytes with; no pattern stands for `bytes`."""
+        own = [(one.pattern, one.bytes) for one in self.layer if one.bytes and fnmatchcase(name, one.pattern)]
+        return ("", self.bytes) if not own else own[-1]
 
     def planned(self, blocks: Mapping[str, int]) -> "Seeds":
         """The same with a block edge for each of these matrices."""

@@ -84,12 +84,7 @@ class Language(Task):
         model.train(training)
         return math.exp(min(total / windows[:, 1:].numel(), 700.0))
 
-    def begin(self, model: nn.Module) -> None:
-        """What is dense starts as in the model of transformers that the configuration names."""
-        if self.config.model.start is not None:
-            adopt(model, find(self.config, self.config.model.start))
-
-    def foreign_teacher(self, folder: str) -> nn.Module:
+    def foreign(self, folder: str) -> nn.Module:
         """The model of a GPT-2 folder of transformers, of the same shape."""
         network = dense(self.config)
         adopt(network, find(self.config, folder))

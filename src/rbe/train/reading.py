@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from rbe.errors import RbeError
 from rbe.nn.rest import BITS
-from rbe.train.config import PARTS, Config, Layer, Seeds
+from rbe.train.config import PARTS, Config, Layer, Recipe, Seeds
 
 T = TypeVar("T")
 
@@ -167,22 +167,35 @@ def _check(path: Path, config: Config) -> None:
     matrices = {"lenet5": 4, "mlp": len(model.widths) - 1}.get(model.kind, 0)
     if seeds.blocks and len(seeds.blocks) != matrices:
         raise RbeError(f"train: {path}: [seeds] blocks has {len(seeds.blocks)} entries for {matrices} matrices")
-    if seeds.format == "stream" or any(layer.format == "stream" for layer in seeds.layer):
+    own = [layer for layer in seeds.layer if layer.bytes is not None]
+    if any((layer.format or seeds.format) != "stream" or layer.bytes < 1 for layer in own if layer.bytes is not None):
+        raise RbeError(f"train: {path}: [[seeds.layer]] bytes is a positive number for matrices of format stream")
+    if seeds.streamed:
         _check_stream(path, config, matrices)
     elif seeds.bytes and (seeds.format != "outer128" or seeds.blocks):
         raise RbeError(f"train: {path}: [seeds] bytes chooses blocks of outer128; leave blocks and other formats out")
 
 
 def _check_stream(path: Path, config: Config, matrices: int) -> None:
-    seeds = config.seeds
-    if seeds.format != "stream" or seeds.layer or not matrices:
-        raise RbeError(f"train: {path}: [seeds] format stream is for all matrices of a mlp or lenet5")
-    if not seeds.bytes:
+    seeds, recipe, plain = config.seeds, config.train, Recipe()
+    others = {seeds.format, *(layer.format for layer in seeds.layer if layer.format)} - {"stream", "dense"}
+    if others:
+        raise RbeError(
+            f"train: {path}: [seeds] format {', '.join(sorted(others))} cannot stand beside stream in one network; "
+            "what is no stream must be dense"
+        )
+    if not seeds.bytes and not any(layer.bytes for layer in seeds.layer):
         raise RbeError(f"train: {path}: [seeds] bytes is missing; with format stream it says how many there may be")
-    if seeds.rows and (len(seeds.rows) != matrices or min(seeds.rows) < 1):
-        raise RbeError(f"train: {path}: [seeds] rows is {list(seeds.rows)}; give {matrices} positive numbers")
-    if config.train.flip_every or config.train.rest_bits != 32:
-        raise RbeError(f"train: {path}: [train] flip_every and rest_bits have no meaning with stream; leave them out")
+    if seeds.rows and (len(seeds.rows) != matrices or min(seeds.rows) < 1 or seeds.layer):
+        raise RbeError(
+            f"train: {path}: [seeds] rows is {list(seeds.rows)}; give {matrices} positive numbers"
+            if matrices
+            else f"train: {path}: [seeds] rows is for a mlp or lenet5, all of whose matrices are streams; leave it out"
+        )
+    of_points = ("flip_every", "rest_bits", "method", "weight_decay", "pull", "clip_norm")
+    wrong = [name for name in of_points if getattr(recipe, name) != getattr(plain, name)]
+    if wrong:
+        raise RbeError(f"train: {path}: [train] {', '.join(wrong)} have no meaning with stream; leave them out")
 
 
 def _check_numbers(path: Path, config: Config) -> None:

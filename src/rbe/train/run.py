@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rbe.errors import RbeError
-from rbe.nn import round_rest, stored_bytes
+from rbe.nn import Stream, round_rest, stored_bytes
 from rbe.optim import HybridAdam, PowerDecay, StreamAdam
 from rbe.train import budget, networks, store
 from rbe.train.budget import Share
@@ -22,6 +22,7 @@ from rbe.train.characters import Characters
 from rbe.train.config import Config
 from rbe.train.images import Pictures, accuracy
 from rbe.train.language import Language
+from rbe.train.planting import start
 from rbe.train.store import CHECKPOINT, RESULT, WEIGHTS, Build, load
 from rbe.train.task import NOTHING, Batch, Task
 from rbe.train.translation import Translation
@@ -165,15 +166,19 @@ def train(
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     task = TASKS[config.data.task](config)
-    teacher = _teacher(config, task)
+    teacher = _network(config, task, config.train.teacher)
+    # The network to start from is often the teacher.
+    same = config.model.start == config.train.teacher
+    source = teacher if same else _network(config, task, config.model.start)
     shares: tuple[Share, ...] = ()
-    if config.seeds.bytes and config.seeds.format != "stream":
+    if config.seeds.bytes and not config.seeds.streamed:
         shares = budget.plan(config, task, teacher) if saved is None else tuple(Share(**s) for s in saved["plan"])
         if planned is not None:
             planned(shares)
     torch.manual_seed(config.train.seed)
     model = build(store.with_blocks(config, {s.name: s.edge for s in shares}))
-    task.begin(model)
+    if source is not None:
+        start(model, source)
     run = _Run(config, task, model, teacher, shares)
     if saved is not None:
         run.restore(saved)
@@ -191,12 +196,13 @@ def train(
     return _finish(run, out, identity)
 
 
-def _teacher(config: Config, task: Task) -> nn.Module | None:
-    if config.train.teacher is None:
+def _network(config: Config, task: Task, folder: str | None) -> nn.Module | None:
+    """The trained network of a folder."""
+    if folder is None:
         return None
-    place = config.folder / config.train.teacher
+    place = config.folder / folder
     if isinstance(task, Language) and not (place / RESULT).exists():
-        return task.foreign_teacher(config.train.teacher)
+        return task.foreign(folder)
     return load(place)
 
 
@@ -209,7 +215,7 @@ class _Run:
         recipe = config.train
         self.config, self.task, self.model, self.teacher, self.plan = config, task, model, teacher, plan
         self.steps = task.steps
-        self.optimizer = _optimizer(config, model, recipe.epochs * task.steps)
+        self.optimizer = _optimizer(config, model, max(1, recipe.epochs) * task.steps)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, rates, total_steps=max(1, recipe.epochs) * self.steps, cycle_momentum=False
@@ -298,6 +304,8 @@ class _Run:
         rates = {group["role"]: float(group["lr"]) for group in self.optimizer.param_groups}
         # Only networks that keep to their bytes are candidates.
         fits = not isinstance(self.optimizer, StreamAdam) or self.optimizer.settle()
+        if not self.config.train.epochs and isinstance(self.optimizer, StreamAdam):
+            fits = self.optimizer.fit() > 0
         if self.config.train.epochs:
             self._measure_norms()
         value = self.task.measure(self.model, "validation")
@@ -354,9 +362,16 @@ class _Run:
 
 def _optimizer(config: Config, model: nn.Module, steps: int) -> HybridAdam | StreamAdam:
     recipe = config.train
-    if config.seeds.format == "stream":
+    if config.seeds.streamed:
         lr = recipe.lr if recipe.latent_lr is None else recipe.latent_lr
-        return StreamAdam(model, config.seeds.bytes, steps, lr, dense_lr=recipe.dense_lr or lr / 10)
+        parts: dict[tuple[str, int], list[Stream]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, Stream):
+                parts.setdefault(config.seeds.budget(name), []).append(module)
+                if not config.seeds.budget(name)[1]:
+                    raise RbeError(f"train: {name} is a stream without bytes; give [seeds] bytes")
+        budgets = [(layers, size) for (_, size), layers in parts.items()]
+        return StreamAdam(model, budgets, steps, lr, dense_lr=recipe.dense_lr or lr / 10)
     return HybridAdam(
         model,
         recipe.lr,

@@ -62,11 +62,6 @@ class Task(ABC):
         whole = self.examples // recipe.batch
         return max(1, min(whole, recipe.steps) if recipe.steps else whole)
 
-    def begin(self, model: nn.Module) -> None:
-        """Give a fresh network what it starts from, beside random numbers; nothing, for most tasks."""
-        if self.config.model.start is not None:
-            raise RbeError(f"train: [model] start is not offered for {self.config.data.task}; leave it out")
-
 
 def check_symbols(config: Config, found: int) -> None:
     """Refuse a vocabulary of another size than the data's.

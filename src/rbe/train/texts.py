@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rbe.nn import Seeded
+from rbe.nn import Seeded, StreamEmbedding
 from rbe.nn.position import sinusoids
 from rbe.train.config import Config, Model
 
@@ -90,7 +90,9 @@ class Block(nn.Module):
 
 def scores(table: nn.Module, x: Tensor) -> Tensor:
     """x (..., size) against every row of an embedding, dense or of seeds."""
-    return table.multiply(x) if isinstance(table, Seeded) else functional.linear(x, table.weight)  # type: ignore[arg-type]
+    if isinstance(table, Seeded | StreamEmbedding):
+        return table.multiply(x)
+    return functional.linear(x, table.weight)  # type: ignore[arg-type]
 
 
 class Translator(nn.Module):
