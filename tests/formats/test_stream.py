@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rbe.errors import RbeError
 from rbe.formats import stream
+from rbe.kernels.stream import pack
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "stream.json"
 SHAPES = [(1, 1, 1), (1, 7, 3), (5, 1, 1), (20, 25, 25), (30, 64, 16), (10, 100, 7)]
@@ -61,6 +62,15 @@ def test_nothing_costs_nothing_and_rare_levels_cost_little() -> None:
     count = int(levels.count_nonzero())
     bits = 20000 * (-(p := count / 20000) * torch.tensor(p).log2() - (1 - p) * torch.tensor(1 - p).log2()) + count
     assert 0.9 * bits < 8 * len(stream.pack(levels)) < 1.3 * bits
+
+
+def test_levels_without_structure_cost_their_entropy() -> None:
+    """The views of a place do not drift apart where next to nothing happens for long."""
+    levels = sparse(1000, 200, 0.005, largest=1)
+    count = int(levels.count_nonzero())
+    p = torch.tensor(count / 200_000)
+    bits = 200_000 * float(-p * p.log2() - (1 - p) * (1 - p).log2()) + count
+    assert 8 * len(pack(levels)) < 1.08 * bits
 
 
 @pytest.mark.parametrize(

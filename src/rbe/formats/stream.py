@@ -37,8 +37,9 @@ LARGEST = 255
 MIX = (4096, 2600, 2048, 1024, 1536, 1024, 1024)
 # How strongly a view starts from the odds of the whole matrix, in observations.
 PRIOR = 8
-# The mix follows its error by 2^-RATE.
-RATE = 10
+# The mix follows its error by 2^-RATE; its weights have FINE bits more, and what is added to them is rounded to the
+# nearest: rounded down, they would sink at every place where nothing happens, which most places are.
+RATE, FINE = 11, 8
 # Probabilities are whole multiples of 2^-16, and none is certain.
 LEAST = 24
 _ONE = 1 << 16
@@ -131,7 +132,7 @@ class _Mixed:
     """`present`: the odds of a place from several views of it."""
 
     def __init__(self, columns: int, cells: int) -> None:
-        self.cells, self.mix, self.yes, self.no = cells, list(MIX), 1, 12
+        self.cells, self.mix, self.yes, self.no = cells, [w << FINE for w in MIX], 1, 12
         self.columns = [[0, 0] for _ in range(columns)]
         self.groups = [[0, 0] for _ in range(-(-columns // cells))]
         self.places = [[0, 0] for _ in range(cells)]
@@ -160,10 +161,11 @@ class _Mixed:
         inputs = [base]
         inputs += [self._log2((v[1] << 16) + yes) - self._log2((v[0] << 16) + no) - base for v in views]
         inputs.append((2 * (self.before & 1) + (self.before >> 1) - 1) << 11)
-        p = self._probability(sum(w * x for w, x in zip(self.mix, inputs, strict=True)) >> 12)
+        p = self._probability(sum((w >> FINE) * x for w, x in zip(self.mix, inputs, strict=True)) >> 12)
         bit = coder.bit(p, bit)
         error = _ONE - p if bit else -p
-        self.mix = [w + (x * error >> 12 + RATE) for w, x in zip(self.mix, inputs, strict=True)]
+        shift = 12 + RATE - FINE
+        self.mix = [w + (x * error + (1 << shift - 1) >> shift) for w, x in zip(self.mix, inputs, strict=True)]
         for view in views:
             view[bit] += 1
         if bit:
@@ -284,12 +286,14 @@ def pack(levels: Tensor, *, cells: int = 1, bias: bool = False) -> Tensor:
     rows, columns = levels.shape[0], levels.shape[1] - bias
     known = levels.tolist()
     written: dict[bool, bytes] = {}
-    for marked in (False, True):
+    # Marks save something only where a column has no level.
+    full = columns == sum(map(any, zip(*(line[:columns] for line in known), strict=True)))
+    for marked in (False,) if full else (False, True):
         writer = _Writer()
         _walk(writer, rows, columns, cells, bias, known, marked)
         written[marked] = writer.finish()
-    shorter = len(written[True]) < len(written[False])
-    return torch.tensor(list(written[shorter]), dtype=torch.uint8)
+    shortest: bytes = min(written.values(), key=len)
+    return torch.tensor(list(shortest), dtype=torch.uint8)
 
 
 def unpack(seed: Tensor, shape: tuple[int, int], *, cells: int = 1, bias: bool = False) -> Tensor:

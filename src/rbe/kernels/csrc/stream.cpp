@@ -9,8 +9,9 @@
 namespace rbe {
 namespace {
 
-constexpr int LARGEST = 255, PRIOR = 8, RATE = 10, LEAST = 24, VIEWS = 5;
+constexpr int LARGEST = 255, PRIOR = 8, RATE = 11, FINE = 8, LEAST = 24, VIEWS = 5;
 constexpr int64_t ONE = 1 << 16, HALF = ONE >> 1;
+constexpr int SHIFT = 12 + RATE - FINE;
 constexpr std::array<int64_t, VIEWS + 2> MIX = {4096, 2600, 2048, 1024, 1536, 1024, 1024};
 
 int64_t clip(int64_t p) { return std::clamp<int64_t>(p, LEAST, ONE - LEAST); }
@@ -99,7 +100,9 @@ class Mixed {
   public:
     explicit Mixed(const StreamShape& shape)
         : shape_(shape), columns_(shape.columns), groups_((shape.columns + shape.cells - 1) / shape.cells),
-          parts_(groups_.size()), places_(shape.cells) {}
+          parts_(groups_.size()), places_(shape.cells) {
+        for (int64_t& weight : mix_) weight <<= FINE;
+    }
 
     void start() {
         row_ = {};
@@ -120,11 +123,11 @@ class Mixed {
             inputs[k + 1] = log2(((*views[k])[1] << 16) + yes) - log2(((*views[k])[0] << 16) + no) - base;
         inputs[VIEWS + 1] = int64_t(2 * (before_ & 1) + (before_ >> 1) - 1) * 2048;
         int64_t odds = 0;
-        for (int k = 0; k < VIEWS + 2; ++k) odds += mix_[k] * inputs[k];
+        for (int k = 0; k < VIEWS + 2; ++k) odds += (mix_[k] >> FINE) * inputs[k];
         p = probability(odds >> 12);
         bit = coder.bit(p, bit);
         int64_t error = bit ? ONE - p : -p;
-        for (int k = 0; k < VIEWS + 2; ++k) mix_[k] += inputs[k] * error >> (12 + RATE);
+        for (int k = 0; k < VIEWS + 2; ++k) mix_[k] += (inputs[k] * error + (1 << (SHIFT - 1))) >> SHIFT;
         for (View* view : views) ++(*view)[bit];
         ++(bit ? yes_ : no_);
         before_ = (before_ << 1 | int(bit)) & 3;
@@ -200,13 +203,22 @@ void walk(Coder& coder, const StreamShape& s, Level* levels, bool marked) {
     }
 }
 
+// Whether every column but the bias has a level: marks save nothing then.
+bool full(const StreamShape& s, const int16_t* levels) {
+    std::vector<uint8_t> there(s.columns);
+    for (int64_t i = 0; i < s.rows; ++i)
+        for (int64_t j = 0; j < s.columns; ++j) there[j] |= levels[i * s.width() + j] != 0;
+    return std::all_of(there.begin(), there.end(), [](uint8_t x) { return x != 0; });
+}
+
 }  // namespace
 
 std::vector<uint8_t> stream_pack(const StreamShape& shape, const int16_t* levels) {
     Writer plain, marked;
     walk(plain, shape, levels, false);
-    walk(marked, shape, levels, true);
     plain.finish();
+    if (full(shape, levels)) return plain.out;
+    walk(marked, shape, levels, true);
     marked.finish();
     return marked.out.size() < plain.out.size() ? marked.out : plain.out;
 }
