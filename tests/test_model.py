@@ -203,15 +203,3 @@ def test_an_architecture_whose_files_have_older_names_comes_back(tmp_path: Path,
     convert.decompress(tmp_path / "again", tmp_path / "restored")
     restored = ViTForImageClassification.from_pretrained(tmp_path / "restored").eval()
     assert torch.allclose(restored(x).logits, model(x).logits, atol=1e-4)
-
-
-def test_streams_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    model = nn.Sequential(rbe.nn.Linear(16, 16), nn.Sequential(rbe.nn.StreamLinear(16, 4)))
-    with pytest.raises(RbeError, match=r"1\.0 holds a stream.*state_dict"):
-        rbe.save(model, tmp_path / "out")
-    assert not any(tmp_path.iterdir())
-    layer = model[1][0].freeze()
-    again = rbe.nn.StreamLinear(16, 4).freeze()
-    again.load_state_dict(layer.state_dict())
-    x = torch.randn(3, 16)
-    assert torch.equal(again(x), layer(x))

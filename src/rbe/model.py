@@ -18,6 +18,7 @@ from rbe.formats import SeedSpec
 from rbe.matrix import SeedMatrix
 from rbe.nn import Seeded, set_activations, swap
 from rbe.nn.stream import Stream
+from rbe.nn.streams import check_stream, describe_streams, place_stream
 from rbe.source import INDEX, SINGLE
 
 # In quantization_config of a folder that a plain torch model was saved to.
@@ -39,7 +40,7 @@ def save(model: nn.Module, folder: str | Path, max_shard_size: int = 5_000_000_0
     True
 
     Args:
-        model: a transformers model or any torch module, with seed layers inside.
+        model: a transformers model or any torch module, with seed layers or streams inside.
         folder: must not exist, or be empty.
         max_shard_size: bytes of a shard.
 
@@ -47,16 +48,16 @@ def save(model: nn.Module, folder: str | Path, max_shard_size: int = 5_000_000_0
         the folder.
 
     Raises:
-        RbeError: the model holds no seeds, or streams, or the folder is in use.
+        RbeError: the model holds no seeds, is one of transformers that holds streams, or the folder is in use.
     """
     folder = Path(folder)
     stream = next((name or "the model" for name, module in model.named_modules() if isinstance(module, Stream)), None)
-    if stream is not None:
+    if stream is not None and _is_transformers(model):
         raise RbeError(
-            f"save: {stream} holds a stream, and a folder holds seeds in blocks alone; freeze() its streams and keep "
-            "model.state_dict(), whose tensors seed and scale are all of them"
+            f"save: {stream} holds a stream, and a folder of transformers holds seeds in blocks alone; freeze() its "
+            "streams and keep model.state_dict()"
         )
-    if not any(isinstance(module, Seeded) for module in model.modules()):
+    if stream is None and not any(isinstance(module, Seeded) for module in model.modules()):
         raise RbeError("save: the model holds no seeds; call rbe.compress_(model, bits=2) first")
     with _new_folder(folder) as work:
         if _is_transformers(model):
@@ -178,6 +179,8 @@ def _save_plain(model: nn.Module, work: Path, max_shard_size: int) -> None:
     settings: dict[str, Any] = {_CLASS: type(model).__name__, _SAME: same}
     renamed = {name: dense for name in tensors if (dense := swap.dense_name(name, model)) != name}
     settings |= {checkpoint.RENAMED: renamed} if renamed else {}
+    forms = {path: form.to_json() for path, form in describe_streams(model).items()}
+    settings |= {checkpoint.STREAMS: forms} if forms else {}
     outgoing = [shards.outgoing(name, tensor) for name, tensor in tensors.items()]
     checkpoint.write_folder(work, outgoing, Contents(modules, settings=settings), max_shard_size)
     name = type(model).__name__
@@ -222,8 +225,11 @@ def _fill(model: nn.Module, found: Folder) -> None:
     held = {path: module for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, Seeded)}
     for path, (spec, entry) in entries.items():
         _check_place(path, spec, entry, sites, held)
+    forms = checkpoint.forms(found.config)
+    for path, form in forms.items():
+        check_stream(model, path, form)
     state.update({name: state[source] for name, source in about.get(_SAME, {}).items()})
-    wanted = {_path_of(n, paths, recurrent) for n in _names_after(model, entries)}
+    wanted = {_path_of(n, paths, recurrent) for n in _names_after(model, entries, forms)}
     # Files of older torch have no counters of batches; torch fills them in.
     missing = {n for n in wanted ^ set(state) if n in state or not n.endswith(".num_batches_tracked")}
     if missing:
@@ -233,7 +239,9 @@ def _fill(model: nn.Module, found: Folder) -> None:
         )
     for own, tensor in model.state_dict().items():
         name = _path_of(own, paths, recurrent)
-        if name in state and state[name].shape != tensor.shape:
+        # Of seeds of streams the length is known only by the file.
+        stream = name.removesuffix(".seed") in forms
+        if name in state and state[name].shape != tensor.shape and not stream:
             raise RbeError(
                 f"load: {name} is {tuple(tensor.shape)} in the given model, "
                 f"but {tuple(state[name].shape)} in the folder"
@@ -248,6 +256,8 @@ def _fill(model: nn.Module, found: Folder) -> None:
         else:
             site = replace(sites[path], module=path, shared=shared)
             swap.place(model, site, spec, entry["row_scale"], entry.get("outliers", 0))
+    for path, form in forms.items():
+        place_stream(model, path, form)
     model.load_state_dict(state, assign=True)
     # Assigning gives every name a parameter of its own; what was one must be one again.
     for name, source in about.get(_SAME, {}).items():
@@ -287,7 +297,9 @@ def _check_place(
         raise RbeError(f"load: {path} is {shape} in the given model, but {spec.shape} in the folder")
 
 
-def _names_after(model: nn.Module, entries: dict[str, tuple[SeedSpec, dict[str, Any]]]) -> set[str]:
+def _names_after(
+    model: nn.Module, entries: dict[str, tuple[SeedSpec, dict[str, Any]]], forms: dict[str, checkpoint.Form]
+) -> set[str]:
     """Names in the state dict once the seed layers are in place."""
     names = set(model.state_dict())
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -299,4 +311,11 @@ def _names_after(model: nn.Module, entries: dict[str, tuple[SeedSpec, dict[str, 
             if other == path or modules.get(other) is owner:
                 names.update(checkpoint.expected(other, spec, entry["row_scale"], entry.get("outliers", 0)))
         names.discard(checkpoint.weight_name(path, entry))
+    for path, form in forms.items():
+        owner = modules.get(path)
+        for other in [name for name, module in modules.items() if module is owner and owner is not None] or [path]:
+            names.difference_update(f"{other}.{name}" for name in ("weight", "bias", "latent", "log_scale"))
+            names.update(checkpoint.names(other))
+        if form.kind == "recurrent":
+            names.difference_update((form.tensor, form.tensor.replace(".weight_", ".bias_")))
     return names

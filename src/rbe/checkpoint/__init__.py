@@ -29,7 +29,9 @@ from rbe.checkpoint.folder import (
     weight_name,
     weight_sides,
 )
+from rbe.checkpoint.streams import STREAMS, dense, forms, names
 from rbe.checkpoint.write import Contents, Module, cut, read_fingerprint, seal, write_fingerprint, write_folder
+from rbe.nn.streams import Form
 
 __all__ = [
     "CARD",
@@ -37,19 +39,24 @@ __all__ = [
     "FORMAT_VERSION",
     "METHOD",
     "RENAMED",
+    "STREAMS",
     "Contents",
     "Folder",
+    "Form",
     "Module",
     "Row",
     "Verification",
     "as_matrix",
     "check_files",
     "cut",
+    "dense",
     "expected",
+    "forms",
     "inspect",
     "is_ours",
     "load_matrices",
     "measured_error",
+    "names",
     "open_tensors",
     "read_config",
     "read_fingerprint",

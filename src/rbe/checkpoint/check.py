@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rbe import shards
 from rbe.allocate import floor, label
+from rbe.checkpoint import streams
 from rbe.checkpoint.folder import (
     CONFIG,
     Folder,
@@ -37,10 +38,11 @@ class Row:
         kind: what the layer is, or "keep".
         shape: (rows, columns) of a matrix as torch has it, whatever the source's layout.
         format: "trellis 2 bit", or the dtype.
-        bits: nominal rate of the seeds; None for a kept tensor.
+        bits: nominal rate of the seeds; None for a kept tensor, and for a stream, which has none.
         nbytes: stored bytes, scales counted, file headers not.
         error: squared error relative to the source; 0 for a kept tensor, None where it is not known.
-        spec: of the seeds; None for a kept tensor.
+        spec: of the seeds; None for a kept tensor and for a stream.
+        biases: weights that are in the same seeds beside the matrix.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Row:
     nbytes: int
     error: float | None
     spec: SeedSpec | None = None
+    biases: int = 0
 
     @property
     def captured(self) -> float | None:
@@ -59,8 +62,8 @@ class Row:
 
     @property
     def weights(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
+        """Number of elements, biases counted."""
+        return math.prod(self.shape) + self.biases
 
     @property
     def rate(self) -> float:
@@ -69,7 +72,7 @@ class Row:
 
     @property
     def floor(self) -> float | None:
-        """Shannon floor of the error at the nominal rate; None for a kept tensor."""
+        """Shannon floor of the error at the nominal rate; None where there is none."""
         return None if self.spec is None else floor(self.spec)
 
 
@@ -111,6 +114,11 @@ def inspect(dst: Path) -> list[Row]:
         error = folder.about["errors"].get(module)
         form = label(spec, entry.get("outliers", 0) / math.prod(spec.shape))
         rows.append(Row(module, entry["kind"], spec.shape, form, spec.bits, nbytes, error, spec))
+    for module, stream in streams.forms(folder.config).items():
+        seen.update(streams.names(module))
+        nbytes = sum(folder.tensors[name].nbytes for name in streams.names(module))
+        biases = stream.shape[0] if stream.bias else 0
+        rows.append(Row(module, stream.kind, stream.shape, "stream", None, nbytes, None, None, biases))
     for name, tensor in folder.tensors.items():
         if name not in seen:
             rows.append(Row(name, "keep", tensor.shape, tensor.dtype, None, tensor.nbytes, 0.0))
@@ -171,6 +179,8 @@ def _against(folder: Folder, src: Path) -> tuple[list[str], int]:
         known = folder.about["errors"].get(module)
         if known is not None and not math.isclose(error, known, rel_tol=1e-3, abs_tol=1e-9):
             problems.append(f"{module}: squared error against {src} is {error:.6g}, it was {known:.6g} when written")
+    for module in streams.forms(folder.config):
+        taken.update(streams.names(module))  # trained, they are near no other weights
     for name, tensor in folder.tensors.items():
         if name in taken:
             continue

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from rbe import formats, shards
+from rbe.checkpoint import streams
 from rbe.errors import CorruptFile, RbeError
 from rbe.formats import SeedSpec
 from rbe.matrix import SeedMatrix
@@ -290,6 +291,8 @@ def open_tensors(dst: Path) -> Folder:
             for name, (dtype, shape) in expected(module, spec, entry["row_scale"], entry.get("outliers", 0)).items():
                 if name not in tensors or (tensors[name].dtype, tensors[name].shape) != (dtype, shape):
                     raise CorruptFile(f"{dst}: {name} should be there as {dtype} {list(shape)}; fetch the folder again")
+        for module in streams.forms(config):
+            streams.check_headers(module, tensors)
     return Folder(dst, index, config, tensors)
 
 
@@ -311,6 +314,8 @@ def check_files(dst: Path) -> Folder:
             raise CorruptFile(f"{dst / name} was changed after it was written (in {where}); fetch it again")
     for module in specs(folder.config):
         folder.matrix(module)  # whoever wrote the checksums may have written radii outside of the disk too
+    for module, form in streams.forms(folder.config).items():
+        streams.dense(module, form, folder.tensors)
     return folder
 
 

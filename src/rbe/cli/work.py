@@ -106,6 +106,9 @@ def holding(folder: Path) -> Holding:
         for module, (spec, entry) in checkpoint.specs(opened.config).items()
         for name in checkpoint.expected(module, spec, entry["row_scale"], entry.get("outliers", 0))
     }
+    for module in checkpoint.forms(opened.config):
+        seed, scale = checkpoint.names(module)
+        seeds |= {seed: "seeds", scale: "scales"}
     parts = dict.fromkeys(_PARTS, 0)
     for name, tensor in opened.tensors.items():
         parts[seeds.get(name) or _purpose(name)] += tensor.nbytes

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -89,6 +90,24 @@ def _dense_tensors(folder: checkpoint.Folder, dtype: torch.dtype | None) -> list
         tied = [f"{name}.weight" for name in entry.get("tied", ())]
         for name in (checkpoint.weight_name(module, entry), *tied):
             tensors[name] = Outgoing(name, shards.dtype_name(target), shape, generate)
+    for module, form in checkpoint.forms(folder.config).items():
+        taken.update(checkpoint.names(module))
+        target = dtype or torch.float32
+        for part, (name, sides) in enumerate(((form.tensor, form.sides), (form.offset, form.shape[:1]))):
+
+            def read(
+                module: str = module, form: checkpoint.Form = form, part: int = part, to: torch.dtype = target
+            ) -> Iterator[bytes]:
+                tensor = checkpoint.dense(module, form, folder.tensors)[part]
+                assert tensor is not None
+                yield shards.raw(tensor.to(to))
+
+            if name:
+                tensors[name] = Outgoing(name, shards.dtype_name(target), sides, read)
+        if form.kind == "recurrent" and form.offset:  # torch has two biases
+            second, count = form.offset.replace("bias_ih_", "bias_hh_"), form.shape[0]
+            zeros = shards.raw(torch.zeros(count, dtype=target))
+            tensors[second] = Outgoing(second, shards.dtype_name(target), (count,), partial(iter, [zeros]))
     renamed = folder.config["quantization_config"].get(checkpoint.RENAMED, {})
     for name, stored in folder.tensors.items():
         if name not in taken:

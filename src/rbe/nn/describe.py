@@ -11,11 +11,12 @@ from rbe.nn.embedding import Embedding
 from rbe.nn.norm import Affine
 from rbe.nn.recurrent import Recurrent
 from rbe.nn.seeded import Seeded, SeededVector
+from rbe.nn.stream import Stream
 from rbe.shards import dtype_name
 
 
 def packed_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model as files hold it: the seeds of open layers packed.
+    """The state dict of a model as files hold it: the seeds of open layers and streams packed.
 
     >>> from rbe.nn import Linear
     >>> sorted(packed_state(nn.Sequential(Linear(32, 32, bias=False, format="packed128"))))
@@ -26,7 +27,14 @@ def packed_state(model: nn.Module) -> dict[str, Tensor]:
     """
     state: dict[str, Tensor] = dict(model.state_dict())
     packed: dict[int, SeedMatrix] = {}
+    streams: dict[int, dict[str, Tensor]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Stream) and module.trainable:
+            prefix = f"{path}." if path else ""
+            if id(module) not in streams:
+                streams[id(module)] = {"seed": module.pack(), "scale": module.log_scale.detach().exp()}
+            del state[f"{prefix}latent"], state[f"{prefix}log_scale"]
+            state.update({f"{prefix}{name}": tensor for name, tensor in streams[id(module)].items()})
         if not isinstance(module, Seeded) or module.owner is not module or not module.trainable:
             continue
         prefix = f"{path}." if path else ""

@@ -133,6 +133,20 @@ class Stream(nn.Module):
             self.register_buffer("scale", scale)
         return self
 
+    def shut(self) -> Self:
+        """Be frozen and 0, in place, for a loader to fill."""
+        for name in ("latent", "log_scale"):
+            self._parameters.pop(name, None)
+        self.register_buffer("seed", torch.empty(0, dtype=torch.uint8))
+        self.register_buffer("scale", torch.zeros(()))
+        self._decoded = None
+        return self
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Shape of the weight as torch's layer has it."""
+        return self.shape
+
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
         # The length of a seed is known only by the file.
         seed = state.get(f"{prefix}seed")
@@ -257,6 +271,11 @@ class StreamConv2d(Stream):
             raise RbeError(f"StreamConv2d: {self.open_shape[1]} open columns are no whole channels of {cells} cells")
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
         self.stride, self.padding = stride, padding
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Shape of the kernel: (out_channels, in_channels, height, width)."""
+        return self.out_channels, self.in_channels, *self.kernel_size
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n, in_channels, height, width), in x's dtype."""

@@ -41,6 +41,9 @@ def load(folder: str | Path, build: Build = networks.build) -> nn.Module:
             f"train: there is no finished run in {folder} ({cause}); train it first: rbe train CONFIG --out {folder}"
         ) from cause
     model = build(with_blocks(config, edges))
+    for module in model.modules():
+        if isinstance(module, Stream):
+            module.shut()  # what is drawn anew is not worth packing
     freeze(model)
     if config.train.rest_bits < 32:
         fold_norms(model)
