@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from torch import nn
 from rbe.cli import learn
 from rbe.errors import RbeError
 from rbe.nn import Seeded, StreamLinear
-from rbe.train import Config, Progress, data, load, load_config, train
+from rbe.optim import HybridAdam
+from rbe.train import Config, Epoch, Progress, data, load, load_config, train
 from rbe.train.data import shifted
 from rbe.train.networks import build, dense, sizes
 from rbe.train.planting import matrices
@@ -199,6 +201,62 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(write: Write, tmp_pa
     assert not (tmp_path / "part" / CHECKPOINT).exists()
 
 
+def test_three_phases_leave_signs_alone_at_both_ends(write: Write, tmp_path: Path) -> None:
+    config = load_config(write("[train]\nepochs = 10\nbatch = 50\nlr = 0.05\nflip_every = 3\nphases = 'three'\n"))
+    history: list[Epoch] = []
+    train(config, tmp_path / "out", lambda p: history.append(p.history[-1]))
+    turned = [epoch.turned for epoch in history]
+    assert turned[0] > 0  # the first phase is half an epoch
+    assert turned[6] > turned[1]
+    assert turned[7] == turned[8] == turned[9]  # from three quarters on only points move
+    assert [epoch.rates["latent"] > 0 for epoch in history[:8]] == [True] * 7 + [False]
+    assert all(epoch.rates["point"] > 0 for epoch in history)
+
+
+def test_rounds_hold_ever_more_signs_and_go_on_where_they_stopped(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[float] = []
+    hold = HybridAdam.hold
+
+    def watched(self: HybridAdam, share: float) -> int:
+        held.append(share)
+        return hold(self, share)
+
+    monkeypatch.setattr(HybridAdam, "hold", watched)
+    text = "[train]\nepochs = 6\nbatch = 50\nlr = 0.05\nflip_every = 3\nphases = 'rounds'\n"
+    config = load_config(write(text))
+    history: list[Epoch] = []
+    whole = train(config, tmp_path / "whole", lambda p: history.append(p.history[-1]))
+    assert held == [0.5, 0.75, 0.9, 1.0]
+    assert history[2].turned != history[3].turned
+
+    def stop(p: Progress) -> None:
+        if p.epoch in (1, 4):
+            raise Stopped
+
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            train(config, tmp_path / "part", stop)
+    assert replace(train(config, tmp_path / "part"), seconds=0) == replace(whole, seconds=0)
+
+
+def test_beams_change_fields_of_packed128(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accepted: list[int] = []
+    beam = HybridAdam.beam
+
+    def watched(self: HybridAdam, *args: Any, **options: Any) -> Any:
+        outcome = beam(self, *args, **options)
+        accepted.append(outcome.accepted)
+        return outcome
+
+    monkeypatch.setattr(HybridAdam, "beam", watched)
+    text = "[seeds]\nformat = 'packed128'\nblock = 8\n[train]\nepochs = 2\nbatch = 50\nlr = 0.02\n"
+    train(load_config(write(text + "beam_every = 4\nbeam_share = 0.3\n")), tmp_path / "out")
+    assert len(accepted) == 4  # at steps 0, 4, 8 and 12 of 20; the last quarter has none
+    assert sum(accepted) > 0
+
+
 def test_a_folder_of_another_run_is_not_touched(write: Write, tmp_path: Path) -> None:
     config = load_config(write(QUICK))
     train(config, tmp_path / "out")
@@ -277,6 +335,12 @@ def test_norms_are_measured_anew_for_validation(write: Write, tmp_path: Path) ->
         ("[model]\nwidths = [3]\n", "no network"),
         ("[model]\nwidths = ['a', 2]\n", "whole numbers"),
         ("[seeds]\nblocks = [8]\n", "1 entries for 2 matrices"),
+        ("[train]\nphases = 'two'\n", "choose one of one, three, rounds"),
+        ("[seeds]\nformat = 'packed128'\n[train]\nphases = 'rounds'\n", 'phases = "rounds" changes discrete bits'),
+        ("[seeds]\nformat = 'packed64'\n[train]\nflip_every = 2\n", "which outer128 and packed128 have"),
+        ("[train]\nbeam_every = 2\n", "which packed128 have"),
+        ("[train]\nbeam_share = 2\n", "beam_share is 2"),
+        ("[train]\nbeam_every = -2\n", "0 or more"),
         ("[other]\n", "not known"),
         ("x = [", "no TOML"),
     ],

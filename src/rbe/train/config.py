@@ -151,6 +151,10 @@ class Recipe:
         smoothing: share of the target that is spread over all classes.
         flip_every: steps between state transitions; 0 is none. The last quarter of the run has none.
         flip_share, flip_temperature: at the beginning; both fall as the paper has it.
+        beam_every, beam_share: the same for beam searches over the fields of packed128, see `HybridAdam.beam`.
+        phases: "one"; "three": points alone, then everything, then points with every bit at rest, see
+            `rbe.optim.three_phases`; "rounds": outer128, in the second half ever more signs are held and the rest makes
+            up for it, see `rbe.optim.rounds`.
         teacher: folder of a dense run whose outputs are learned too; relative to the configuration. For language also
             the folder of a model of transformers.
         softness, weight: temperature and share of the teacher's outputs in the loss.
@@ -175,6 +179,9 @@ class Recipe:
     flip_every: int = 0
     flip_share: float = 0.05
     flip_temperature: float = 0.1
+    beam_every: int = 0
+    beam_share: float = 0.05
+    phases: str = "one"
     teacher: str | None = None
     softness: float = 4.0
     weight: float = 0.9

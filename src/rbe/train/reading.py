@@ -140,12 +140,14 @@ def _check(path: Path, config: Config) -> None:
         ("[model] kind", model.kind, NETWORKS[data.task]),
         ("[model] norm", model.norm, ("batch", "none")),
         ("[seeds] format", seeds.format, FORMATS),
+        ("[train] phases", config.train.phases, ("one", "three", "rounds")),
     ]
     choices += [("[[seeds.layer]] format", layer.format, FORMATS) for layer in seeds.layer if layer.format is not None]
     for what, value, known in choices:
         if value not in known:
             raise RbeError(f"train: {path}: {what} is {value!r}; choose one of {', '.join(known)}")
     _check_numbers(path, config)
+    _check_bits(path, config)
     rest = config.train.rest_bits
     if rest not in BITS or (rest < 32 and seeds.format == "dense"):
         offered = ", ".join(map(str, BITS))
@@ -192,10 +194,27 @@ def _check_stream(path: Path, config: Config, matrices: int) -> None:
             if matrices
             else f"train: {path}: [seeds] rows is for a mlp or lenet5, all of whose matrices are streams; leave it out"
         )
-    of_points = ("flip_every", "rest_bits", "method", "weight_decay", "pull", "clip_norm")
+    of_points = ("flip_every", "beam_every", "phases", "rest_bits", "method", "weight_decay", "pull", "clip_norm")
     wrong = [name for name in of_points if getattr(recipe, name) != getattr(plain, name)]
     if wrong:
         raise RbeError(f"train: {path}: [train] {', '.join(wrong)} have no meaning with stream; leave them out")
+
+
+def _check_bits(path: Path, config: Config) -> None:
+    """Refuse what only formats with discrete bits can do."""
+    recipe, formats = config.train, {config.seeds.format, *(layer.format for layer in config.seeds.layer)}
+    wanted = {
+        "flip_every": (bool(recipe.flip_every), {"outer128", "packed128"}),
+        "beam_every": (bool(recipe.beam_every), {"packed128"}),
+        'phases = "three"': (recipe.phases == "three", {"outer128", "packed128"}),
+        'phases = "rounds"': (recipe.phases == "rounds", {"outer128"}),
+    }
+    for name, (asked, able) in wanted.items():
+        if asked and not able & formats and "stream" not in formats:
+            raise RbeError(
+                f"train: {path}: [train] {name} changes discrete bits, which {' and '.join(sorted(able))} have; leave "
+                "it out, or choose such a [seeds] format"
+            )
 
 
 def _check_numbers(path: Path, config: Config) -> None:
@@ -204,9 +223,12 @@ def _check_numbers(path: Path, config: Config) -> None:
     if recipe.epochs or model.start is None:
         positive["epochs"] = recipe.epochs
     sections = [("train", name, number, number > 0, "positive") for name, number in positive.items()]
+    positive |= {"flip_temperature": recipe.flip_temperature}
     whole: dict[str, float] = {"steps": recipe.steps, "clip": recipe.clip, "patience": recipe.patience}
+    whole |= {"flip_every": recipe.flip_every, "beam_every": recipe.beam_every}
     sections += [("train", name, number, number >= 0, "0 or more") for name, number in whole.items()]
     shares = {"smoothing": recipe.smoothing, "weight": recipe.weight}
+    shares |= {"flip_share": recipe.flip_share, "beam_share": recipe.beam_share}
     sections += [("train", name, number, 0 <= number <= 1, "in [0, 1]") for name, number in shares.items()]
     sizes = {"width": model.width, "layers": model.layers, "size": model.size, "heads": model.heads}
     sections += [("model", name, number, number > 0, "positive") for name, number in sizes.items()]

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from rbe.errors import RbeError
 from rbe.nn import Stream, round_rest, stored_bytes
-from rbe.optim import HybridAdam, PowerDecay, StreamAdam
+from rbe.optim import HybridAdam, Phase, Phases, PowerDecay, StreamAdam, rounds, three_phases
 from rbe.train import budget, networks, store
 from rbe.train.budget import Share
 from rbe.train.characters import Characters
@@ -220,6 +220,8 @@ class _Run:
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, rates, total_steps=max(1, recipe.epochs) * self.steps, cycle_momentum=False
         )
+        self.phases = _PHASES[recipe.phases](max(1, recipe.epochs) * self.steps)
+        self._enter(0)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.history: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
@@ -293,7 +295,9 @@ class _Run:
             self.optimizer.step()
             self.schedule.step()
             total += value.item()
-            self._flip(len(self.history) * self.steps + k, loss)
+            step = len(self.history) * self.steps + k
+            self._turn(step, loss)
+            self._enter(step + 1)
         if not math.isfinite(total):
             raise RbeError(f"train: the loss of epoch {len(self.history) + 1} is no number; lower [train] lr")
         self.judge(total / self.steps)
@@ -349,15 +353,37 @@ class _Run:
         soft = functional.cross_entropy(out / recipe.softness, hints) * recipe.softness**2
         return (1 - recipe.weight) * loss + recipe.weight * soft
 
-    def _flip(self, step: int, loss: Callable[[], Tensor]) -> None:
+    def _turn(self, step: int, loss: Callable[[], Tensor]) -> None:
+        """Discrete bits, every so many steps."""
         recipe = self.config.train
         last = SETTLED * recipe.epochs * self.steps
-        if not recipe.flip_every or step % recipe.flip_every or step >= last:
+        factor = self.phases(step).bits * PowerDecay(start=max(1.0, last / 3), exponent=2.0)(step)
+        if step >= last or not factor or not isinstance(self.optimizer, HybridAdam):
             return
-        share = recipe.flip_share * PowerDecay(start=max(1.0, last / 3), exponent=2.0)(step)
-        temperature = recipe.flip_temperature / (1 + 0.1 * len(self.history))
-        assert isinstance(self.optimizer, HybridAdam)
-        self.optimizer.flip(loss, share=max(share, 1e-6), temperature=temperature)
+        if recipe.flip_every and step % recipe.flip_every == 0:
+            temperature = recipe.flip_temperature / (1 + 0.1 * len(self.history))
+            self.optimizer.flip(loss, share=max(recipe.flip_share * factor, 1e-6), temperature=temperature)
+        if recipe.beam_every and step % recipe.beam_every == 0:
+            self.optimizer.beam(loss, share=max(recipe.beam_share * factor, 1e-6))
+
+    def _enter(self, step: int) -> None:
+        """Learning rates of a step, and signs that are held from it on, where a phase begins or lasts."""
+        if self.config.train.phases == "one":
+            return
+        phase = self.phases(step)
+        # A schedule computes every rate anew, so that factors do not pile up.
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate * getattr(phase, "dense" if group["role"] == "scale" else group["role"])
+        latents = any(group["role"] == "latent" for group in self.optimizer.param_groups)
+        if latents and isinstance(self.optimizer, HybridAdam) and step and phase != self.phases(step - 1):
+            self.optimizer.hold(phase.held)
+
+
+_PHASES: dict[str, Callable[[int], Phases]] = {
+    "one": lambda total: Phases(total, (Phase(1.0),)),
+    "three": three_phases,
+    "rounds": rounds,
+}
 
 
 def _optimizer(config: Config, model: nn.Module, steps: int) -> HybridAdam | StreamAdam:
