@@ -106,6 +106,8 @@ def test_it_becomes_dense(folder: Path, tmp_path: Path) -> None:
     missing = dense.load_state_dict(state, strict=False)
     assert (missing.missing_keys, missing.unexpected_keys) == (["tied.weight"], [])
     torch.testing.assert_close(dense(*X), made()(*X))
+    found = checkpoint.verify(folder, tmp_path / "dense")  # only what is no stream can be compared
+    assert (found.ok, found.compared) == (True, 7)
 
 
 def test_every_flipped_bit_of_a_seed_is_found(folder: Path) -> None:

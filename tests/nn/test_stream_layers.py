@@ -93,6 +93,9 @@ def test_a_recurrent_layer_is_torchs_of_the_levels(bias: bool, both: bool) -> No
     torch.manual_seed(0)
     layer = StreamLSTM(5, 6, 2, bias, batch_first=True, bidirectional=both, spread=0.5).eval()
     dense = nn.LSTM(5, 6, 2, bias, batch_first=True, bidirectional=both).eval()
+    for p in layer.parameters():
+        if p.ndim:
+            nn.init.normal_(p)  # biases too
     with torch.no_grad():
         for name, p in dense.named_parameters():
             kind, _, part = name.partition("_")
