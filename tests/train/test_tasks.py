@@ -142,9 +142,13 @@ def test_an_interrupted_text_ends_as_if_nothing_had_happened(characters: Config,
     assert 4000 < whole.seed_bytes <= 6000
 
 
-def test_a_text_is_distilled(characters: Config, tmp_path: Path) -> None:
+def test_a_text_is_distilled_and_streams_start_at_the_teacher(characters: Config, tmp_path: Path) -> None:
     dense = replace(characters, seeds=Seeds("dense"))
-    train(dense, tmp_path / "teacher")
+    taught = train(dense, tmp_path / "teacher")
+    close = replace(characters, seeds=Seeds("stream", bytes=99_999, spread=0.02))
+    close = replace(close, model=replace(close.model, start="teacher"), train=replace(close.train, epochs=0))
+    # Both biases of torch's layer are in the one of a stream.
+    assert train(close, tmp_path / "close").value == pytest.approx(taught.value, rel=0.02)
     student = replace(characters, train=replace(characters.train, teacher="teacher", weight=1.0, softness=1.0))
     assert train(student, tmp_path / "out").value < 1.0
 
