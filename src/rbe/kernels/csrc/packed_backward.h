@@ -16,7 +16,7 @@ struct Passing {
 
 // NB rows of y, spread over the vectors of a quarter, with OWNERS records of the same block row, PER matrices each.
 template <int HALF, int OWNERS, int PER, int NB, bool BY_X, bool BY_SEEDS>
-inline void pass(const Tables& t, const Passing* of, const float* y, int64_t x_row, int64_t d_row, VF (*acc)[4]) {
+inline void pass(const Tables& t, const Passing* of, const float* y, int64_t x_row, int64_t d_row, VF (*acc)[2 * PER]) {
     const int64_t n = t.quarter * LANES, vectors = n / W, wide = wide_of<HALF>(t);
     for (int m = 0; m < 2; m++)
         for (int64_t first = 0; first < wide; first++) {
@@ -56,34 +56,38 @@ inline void pass_row(const Tables& t, const Record& r, const float* profile, con
     const int64_t n = t.quarter * LANES, vectors = n / W, wide = wide_of<HALF>(t);
     const float* wave = t.quarters + r.q * 2 * n;
     for (int64_t first = 0; first < wide; first++) {
-        VF found[2] = {}, sloped[2] = {};
-#pragma GCC unroll 4
-        for (int64_t v = first; v < vectors; v += wide) {
+        // Two sums of each, or every addition would wait for the one before.
+        VF found[2][2] = {}, sloped[2][2] = {};
+        const auto add = [&](int64_t v, int side) __attribute__((always_inline)) {
             VF f, g;
             if (KIND == RADIAL) {
                 const VI at = loadi(t.quarter_class + v * W);
                 f = lookup(profile, t.classes, at), g = BY_SEEDS ? lookup(slopes, t.classes, at) : f;
             }
             for (int m = 0; m < 2; m++) {
-                const VF wave_of = load(wave + m * n + v * W), some = load(y + m * n + v * W);
+                const VF cells = load(wave + m * n + v * W), some = load(y + m * n + v * W);
                 if (KIND == RADIAL) {
-                    const VF both = wave_of * some;
-                    found[m] += f * both;
-                    if (BY_SEEDS) sloped[m] += g * both;
+                    const VF both = cells * some;
+                    found[side][m] += f * both;
+                    if (BY_SEEDS) sloped[side][m] += g * both;
                 } else {
-                    found[m] += wave_of * some;
+                    found[side][m] += cells * some;
                 }
             }
-        }
+        };
+        int64_t v = first;
+#pragma GCC unroll 4
+        for (; v + wide < vectors; v += 2 * wide) add(v, 0), add(v + wide, 1);
+        if (v < vectors) add(v, 0);
         for (int m = 0; m < 2; m++) {
             if (BY_X) {
                 float* to = of.d[m] + first * W;
-                store(to, load(to) + found[m] * of.amp[m]);
+                store(to, load(to) + (found[0][m] + found[1][m]) * of.amp[m]);
             }
             if (BY_SEEDS) {
                 const VF x = columns_of<HALF>(of.x[m], first, wide);
-                acc[m] += found[m] * x;
-                if (KIND == RADIAL) acc[2 + m] += sloped[m] * x;
+                acc[m] += (found[0][m] + found[1][m]) * x;
+                if (KIND == RADIAL) acc[2 + m] += (sloped[0][m] + sloped[1][m]) * x;
             }
         }
     }
@@ -92,7 +96,7 @@ inline void pass_row(const Tables& t, const Record& r, const float* profile, con
 // G of DEEP vectors of a quarter and a few records, from many rows of x and y, and its products with their matrices.
 template <int HALF, int OWNERS, int DEEP, int PER>
 inline void gather(const Tables& t, const Passing* of, const float* y, int64_t rows, int64_t x_row, int m, int64_t first,
-                   int64_t v, VF (*acc)[4]) {
+                   int64_t v, VF (*acc)[2 * PER]) {
     const int64_t n = t.quarter * LANES, wide = wide_of<HALF>(t);
     VF g[OWNERS][DEEP] = {};
     const float* from = y + m * n + v * W;
@@ -113,7 +117,7 @@ inline void gather(const Tables& t, const Passing* of, const float* y, int64_t r
 // What the seeds of some records have to say, from many rows: G is formed, a piece at a time, and read PER times, where
 // `pass` would read every row PER times.
 template <int HALF, int OWNERS, int PER>
-inline void weigh(const Tables& t, const Passing* of, const float* y, int64_t rows, int64_t x_row, VF (*acc)[4]) {
+inline void weigh(const Tables& t, const Passing* of, const float* y, int64_t rows, int64_t x_row, VF (*acc)[2 * PER]) {
     const int64_t vectors = t.quarter * LANES / W, wide = wide_of<HALF>(t);
     for (int m = 0; m < 2; m++)
         for (int64_t first = 0; first < wide; first++) {
@@ -151,16 +155,19 @@ inline void spread_pairs(const Tables& t, const float* y, int64_t rows, float* o
         }
 }
 
-// The derivatives of up to four records, from their sums: as `add_sums`, side by side.
-template <int KIND>
-inline void conclude(const Record* r, const VF (*sums)[4], int many, Four* out) {
-    Four total[4], field[4], q{};
-    Four rows[4] = {}, fields[4] = {};
-    for (int k = 0; k < many; k++) {
-        rows[k] = sum4(sums[k]), fields[k] = four(&r[k].u), q[k] = static_cast<float>(r[k].q);
+// The derivatives of four records, from their sums: as `add_sums`, side by side.
+template <int KIND, int SUMS>
+inline void conclude(const Record* r, const VF (*sums)[SUMS], Four* out) {
+    Four total[4], field[4];
+    if constexpr (SUMS == 4) {
+        turned(sum4(sums[0]), sum4(sums[1]), sum4(sums[2]), sum4(sums[3]), total);
+    } else {
+        const Four a = sum4(sums[0]), b = sum4(sums[2]);  // of two records each
+        total[0] = __builtin_shufflevector(a, b, 0, 2, 4, 6), total[1] = __builtin_shufflevector(a, b, 1, 3, 5, 7);
     }
-    turned(rows[0], rows[1], rows[2], rows[3], total);
-    turned(fields[0], fields[1], fields[2], fields[3], field);
+    turned(four(&r[0].u), four(&r[1].u), four(&r[2].u), four(&r[3].u), field);
+    const Four q = {static_cast<float>(r[0].q), static_cast<float>(r[1].q), static_cast<float>(r[2].q),
+                    static_cast<float>(r[3].q)};
     const Four u = field[0], v = field[1], amp = field[2], slope = field[3];
     const Four value = u * total[0] + v * total[1];
     out[0] = amp * value;
@@ -193,7 +200,8 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
     float* spread_y = y_memory.get(std::min(SPREAD, most) * 2 * n);
     float* own_x = BY_SEEDS ? x_memory.get(blocks * most * x_row) : nullptr;
     float* d = BY_X ? d_memory.get(blocks * most * d_row) : nullptr;
-    VF(*sums)[4] = reinterpret_cast<VF(*)[4]>(sums_memory.get(count * 4 * W));
+    constexpr int SUMS = 2 * PER;
+    VF(*sums)[SUMS] = reinterpret_cast<VF(*)[SUMS]>(sums_memory.get((count + 3) * SUMS * W));
     for (int64_t first = 0; first < batch; first += ROWS) {
         const int64_t rows = std::min(ROWS, batch - first);
         const bool few = rows <= FEW;
@@ -210,7 +218,7 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
                     radial_quarters(t, r[k], profile + k * classes, BY_SEEDS ? slopes + k * classes : nullptr,
                                     matrices + k * 2 * PER * n);
             }
-            if (BY_SEEDS) std::fill_n(&sums[0][0], count * 4, VF{});
+            if (BY_SEEDS) std::fill_n(&sums[0][0], (count + 3) * SUMS, VF{});
             for (int64_t some = 0; some < rows; some += SPREAD) {
                 const int64_t here = std::min(SPREAD, rows - some);
                 spread_pairs<HALF>(t, y + (I * batch + first + some) * 2 * t.pairs, here, spread_y);
@@ -244,7 +252,8 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
                         passing(k, 1, &of);
                         for (int64_t b = 0; b < here; b++, next(&of, 1, 1))
                             pass_row<KIND, HALF, BY_X, BY_SEEDS>(t, r[k], profile + k * classes,
-                                                           BY_SEEDS ? slopes + k * classes : nullptr, of, spread_y + b * 2 * n, sums[k]);
+                                                                 BY_SEEDS ? slopes + k * classes : nullptr, of,
+                                                                 spread_y + b * 2 * n, sums[k]);
                     }
                     continue;
                 }
@@ -258,7 +267,8 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
                         const auto of_rows = [&](auto at_once) {
                             for (; b + at_once() <= here; b += at_once(), next(of, together(), at_once()))
                                 pass<HALF, together(), MATRICES, at_once(), BY_X, seeds_too()>(
-                                    t, of, spread_y + b * 2 * n, x_row, d_row, sums + k);
+                                    t, of, spread_y + b * 2 * n, x_row, d_row,
+                                    reinterpret_cast<VF(*)[2 * MATRICES]>(sums + k));
                         };
                         of_rows(std::integral_constant<int, BACK>());
                         of_rows(std::integral_constant<int, 1>());
@@ -288,7 +298,7 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
             for (int64_t k = 0; k < count; k += 4) {
                 const int many = static_cast<int>(std::min<int64_t>(4, count - k));
                 Four found[3];
-                conclude<KIND>(r + k, sums + k, many, found);
+                conclude<KIND, SUMS>(r + k, sums + k, found);
                 for (int m = 0; m < 3; m++)
                     for (int o = 0; o < many; o++) {
                         float& at = to[m * seeds + k + o];

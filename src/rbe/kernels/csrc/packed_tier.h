@@ -27,7 +27,6 @@ inline float sum(VF v) {
     return (a[0] + a[2]) + (a[1] + a[3]);
 }
 
-
 // Rows and columns change places.
 inline void turned(Four a, Four b, Four c, Four d, Four* out) {
     const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
@@ -65,7 +64,7 @@ inline void profile_lanes(int shape, VF x, VF& f, VF& slope) {
     const Mixture& k = MIXTURES[shape & 3];
     const VI second = VI{} - (shape & 1);
     const VF e = expm1_lanes(x * k.times), p = e + 1.0f, n = reciprocal(p + k.more);
-    const VF a = e * n * k.whole + e * k.half;            // sinh or tanh
+    const VF a = e * n * k.whole + e * k.half;                // sinh or tanh
     const VF b = p * k.half + n * (p * n * k.four + k.half);  // cosh or sech^2
     f = second ? b : a, slope = (second ? a : b) * (b * k.turn + k.stay);
 }
