@@ -278,13 +278,14 @@ void packed_backward(const Packed& p, const float* x, const float* y, int64_t ba
     const int64_t pairs = tables.pairs, stride = folded_stride(p);
     threads = p.rows * p.cols * batch < ALONE ? 1 : threads;
     // y times the factors of the rows, as sums and differences of mirrored rows; the middle row of an odd count is both.
+    // Rows of a block row are neighbours: from row to row of a wide matrix, all would meet in a few sets of the cache.
     Floats folded_y(static_cast<size_t>(batch * p.block_rows * 2 * pairs));
     std::vector<float> factors(static_cast<size_t>(p.rows));
     for (int64_t i = 0; i < p.rows; i++)
         factors[static_cast<size_t>(i)] = p.row_scale ? half_to_float(p.row_scale[i]) : 1.0f;
     parallel(batch, threads, [&](int64_t b) {
         for (int64_t I = 0; I < p.block_rows; I++) {
-            float *to = folded_y.data() + (b * p.block_rows + I) * 2 * pairs, scaled[64];
+            float *to = folded_y.data() + (I * batch + b) * 2 * pairs, scaled[64];
             const int64_t first = I * p.height, count = std::min(p.height, p.rows - first);
             for (int64_t i = 0; i < count; i++)
                 scaled[i] = y[b * p.rows + first + i] * factors[static_cast<size_t>(first + i)];

@@ -85,7 +85,7 @@ struct PackedTier {
                     float* parts);
     // For block columns [J0, J1): adds the derivatives by folded x to d_x, laid out as x is, where d_x is given, and
     // those by the seeds, as `Sums` in three planes (blocks, stages), in out, where out is given. y is folded:
-    // [b][I][0 or 1][pair].
+    // [I][b][0 or 1][pair].
     void (*backward)(const Packed& p, int64_t J0, int64_t J1, const float* x, const float* y, int64_t batch, float* d_x,
                      float* out);
     // Adds the sums of block columns [J0, J1) of rows [i0, i1) of block row I to out[J * stages + s]; G as `expand`.

@@ -24,6 +24,12 @@ inline VF lookup(const float* table, int classes, VI at) {
     return reinterpret_cast<VF>(_mm256_blendv_ps(some, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 27))));
 }
 
+// Entries of a table of eight, by the last three bits.
+inline VI of_eight(const int32_t* table, VI at) {
+    const __m256i entries = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(table));
+    return reinterpret_cast<VI>(_mm256_permutevar8x32_epi32(entries, reinterpret_cast<__m256i>(at)));
+}
+
 // HALF floats, over and over.
 template <int HALF>
 inline VF spread(const float* from) {
@@ -47,6 +53,8 @@ inline VF reciprocal(VF x) { return 1.0f / x; }
 
 // What the registers hold: vectors of one row of x, vectors and rows of a product of many, rows of y.
 constexpr int VECTORS = 4, TOGETHER = 2, BATCH = 3, BACK = 4;
+// Of the gradients of blocks: records and vectors at once.
+constexpr int OWNED = 3, DEPTH = 4;
 
 #include "packed_tier.h"
 #include "packed_product.h"

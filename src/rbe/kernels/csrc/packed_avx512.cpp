@@ -19,6 +19,11 @@ inline VF lookup(const float* table, int classes, VI at) {
     return reinterpret_cast<VF>(_mm512_permutex2var_ps(_mm512_loadu_ps(table), index, _mm512_loadu_ps(table + 16)));
 }
 
+// Entries of a table of eight, given twice, by the last three bits.
+inline VI of_eight(const int32_t* table, VI at) {
+    return reinterpret_cast<VI>(_mm512_permutexvar_epi32(reinterpret_cast<__m512i>(at), _mm512_loadu_si512(table)));
+}
+
 // HALF floats, over and over.
 template <int HALF>
 inline VF spread(const float* from) {
@@ -49,6 +54,8 @@ inline VF reciprocal(VF x) {
 
 // What the registers hold: vectors of one row of x, vectors and rows of a product of many, rows of y.
 constexpr int VECTORS = 4, TOGETHER = 2, BATCH = 6, BACK = 8;
+// Of the gradients of blocks: records and vectors at once.
+constexpr int OWNED = 4, DEPTH = 4;
 
 #include "packed_tier.h"
 #include "packed_product.h"

@@ -17,6 +17,13 @@ inline VF lookup(const float* table, int, VI at) {
     return out;
 }
 
+// Entries of a table of eight, by the last three bits.
+inline VI of_eight(const int32_t* table, VI at) {
+    VI out;
+    for (int k = 0; k < 4; k++) out[k] = table[at[k] & 7];
+    return out;
+}
+
 // HALF floats, over and over.
 template <int HALF>
 inline VF spread(const float* from) {
@@ -33,6 +40,8 @@ inline VF reciprocal(VF x) { return 1.0f / x; }
 
 // What the registers hold: vectors of one row of x, vectors and rows of a product of many, rows of y.
 constexpr int VECTORS = 4, TOGETHER = 2, BATCH = 2, BACK = 4;
+// Of the gradients of blocks: records and vectors at once.
+constexpr int OWNED = 2, DEPTH = 4;
 
 #include "packed_tier.h"
 #include "packed_product.h"

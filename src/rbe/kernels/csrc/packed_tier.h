@@ -27,13 +27,18 @@ inline float sum(VF v) {
     return (a[0] + a[2]) + (a[1] + a[3]);
 }
 
-#include "packed_records.h"
+// Rows and columns change places.
+inline void turned(Four a, Four b, Four c, Four d, Four* out) {
+    const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+    const Four ba = __builtin_shufflevector(a, b, 2, 6, 3, 7), dc = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    out[0] = __builtin_shufflevector(ab, cd, 0, 1, 4, 5), out[1] = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    out[2] = __builtin_shufflevector(ba, dc, 0, 1, 4, 5), out[3] = __builtin_shufflevector(ba, dc, 2, 3, 6, 7);
+}
 
-// ---- profiles: f and rho f' at many radii ----
-
-inline VF expm1_lanes(VF x) {
-    const VF shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-    const VF t = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+// exp(x + rest) - 1 with a small relative error, |x| < 88, where x has no more than some 20 bits or rest is 0.
+inline VF expm1_parts(VF x, VF rest) {
+    const VF shifted = (x + rest) * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    const VF t = (x - n * 0.693145752f) + (rest - n * 1.42860677e-6f);
     VF p = splat(1.0f / 5040);
     p = p * t + 1.0f / 720, p = p * t + 1.0f / 120, p = p * t + 1.0f / 24, p = p * t + 1.0f / 6, p = p * t + 0.5f;
     const VI bits = (reinterpret_cast<VI>(shifted) + 127) << 23;
@@ -41,16 +46,27 @@ inline VF expm1_lanes(VF x) {
     return power * (p * t * t + t) + (power - 1.0f);
 }
 
+inline VF expm1_lanes(VF x) { return expm1_parts(x, VF{}); }
+
+#include "packed_records.h"
+
+// ---- profiles: f and rho f' at many radii ----
+
+// How the functions of a quadrant come from e = exp(times x) - 1, without a branch, which would be guessed wrongly.
+struct Mixture {
+    float times, more, half, whole, four, turn, stay;
+};
+constexpr Mixture UNBOUNDED = {1, 0, 0.5f, 0.5f, 0, 0, 1}, BOUNDED = {2, 1, 0, 1, 4, 0, 1};
+constexpr Mixture MIXTURES[4] = {UNBOUNDED, UNBOUNDED, BOUNDED, {2, 1, 0, 1, 4, -2, 0}};
+
 // f and its derivative at x = argument * rho >= 0.
 inline void profile_lanes(int shape, VF x, VF& f, VF& slope) {
-    if (shape < 2) {
-        const VF e = expm1_lanes(x), w = reciprocal(e + 1.0f);
-        const VF sinh = 0.5f * (e * w + e), cosh = 0.5f * (e + 1.0f + w);
-        f = shape ? cosh : sinh, slope = shape ? sinh : cosh;
-    } else {
-        const VF e = expm1_lanes(x + x), w = reciprocal(e + 2.0f), tanh = e * w, bell = 4.0f * ((e + 1.0f) * w) * w;
-        f = shape == 2 ? tanh : bell, slope = shape == 2 ? bell : -2.0f * (tanh * bell);
-    }
+    const Mixture& k = MIXTURES[shape & 3];
+    const VI second = VI{} - (shape & 1);
+    const VF e = expm1_lanes(x * k.times), p = e + 1.0f, n = reciprocal(p + k.more);
+    const VF a = e * n * k.whole + e * k.half;                // sinh or tanh
+    const VF b = p * k.half + n * (p * n * k.four + k.half);  // cosh or sech^2
+    f = second ? b : a, slope = (second ? a : b) * (b * k.turn + k.stay);
 }
 
 // What a record's profile is at radii rho: f, or rho f'.
