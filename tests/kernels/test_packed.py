@@ -85,8 +85,8 @@ def test_everything_is_as_exact_as_float32(tier: str, kind: dict[str, Any], case
     assert_close(packed.decode(mine), *(bands.decode(s) for s in (naive, exact)))
     index = torch.tensor([rows - 1, 0, rows // 2, 0])
     assert_close(mine.rows(index), naive.rows(index), exact.rows(index))
-    # Rows one by one, a few together, and enough for the gradient by a block to be formed; once over all that is done at
-    # once, with one row left.
+    # Rows one by one, a few together, and enough for the gradient by a block to be formed; once more than are taken at
+    # once, by a row.
     for n in (1, 2, 3, 7, 35, *([129] if case is SHAPES[1] else [])):
         x, y = random(n, columns), random(n, rows)
         assert_close(packed.matmul(mine, x), bands.matmul(naive, x), bands.matmul(exact, x.double()), n)
