@@ -269,7 +269,7 @@ def pack(levels: Tensor, *, cells: int = 1, bias: bool = False) -> Tensor:
     """The seed of a matrix of levels.
 
     >>> pack(torch.tensor([[0, 1, 0, -2], [0, 0, 0, 0]])).tolist()
-    [177, 216]
+    [177, 216, 53]
 
     Args:
         levels: any whole-number dtype, (rows, columns), or (rows, columns + 1) with a bias.
@@ -299,7 +299,7 @@ def pack(levels: Tensor, *, cells: int = 1, bias: bool = False) -> Tensor:
 def unpack(seed: Tensor, shape: tuple[int, int], *, cells: int = 1, bias: bool = False) -> Tensor:
     """The levels that a seed stands for.
 
-    >>> unpack(torch.tensor([177, 216], dtype=torch.uint8), (2, 4)).tolist()
+    >>> unpack(torch.tensor([177, 216, 53], dtype=torch.uint8), (2, 4)).tolist()
     [[0, 1, 0, -2], [0, 0, 0, 0]]
 
     Args:

@@ -19,7 +19,7 @@ def pack(levels: Tensor, *, cells: int = 1, bias: bool = False) -> Tensor:
     """As `rbe.formats.stream.pack`.
 
     >>> pack(torch.tensor([[0, 1, 0, -2], [0, 0, 0, 0]])).tolist()
-    [177, 216]
+    [177, 216, 53]
 
     Raises:
         RbeError: the levels are no matrix of whole numbers of at most LARGEST.
@@ -34,7 +34,7 @@ def pack(levels: Tensor, *, cells: int = 1, bias: bool = False) -> Tensor:
 def unpack(seed: Tensor, shape: tuple[int, int], *, cells: int = 1, bias: bool = False) -> Tensor:
     """As `rbe.formats.stream.unpack`.
 
-    >>> unpack(torch.tensor([177, 216], dtype=torch.uint8), (2, 4)).tolist()
+    >>> unpack(torch.tensor([177, 216, 53], dtype=torch.uint8), (2, 4)).tolist()
     [[0, 1, 0, -2], [0, 0, 0, 0]]
 
     Raises:
