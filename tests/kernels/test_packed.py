@@ -171,7 +171,8 @@ def test_the_number_of_threads_changes_nothing(kind: dict[str, Any], case: dict[
         if kind["format"] == "packed128" and case["block"]:
             d_y, d_x, by_seeds = torch.empty(7, 500), torch.empty(7, 400), torch.empty(3, spec.blocks, 1)
             source.native.matmul(x.data_ptr(), 7, d_y.data_ptr(), threads)
-            source.native.backward(x.data_ptr(), y.data_ptr(), 7, d_x.data_ptr(), by_seeds.data_ptr(), threads)
+            addresses = d_x.data_ptr(), *(plane.data_ptr() for plane in by_seeds)
+            source.native.backward(x.data_ptr(), y.data_ptr(), 7, *addresses, threads)
             outputs[-1] += [d_y, d_x, by_seeds]
     for other in outputs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outputs[0], other, strict=True))

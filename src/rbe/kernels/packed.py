@@ -131,23 +131,24 @@ def backward(source: Packed, x: Tensor | None, y: Tensor, by_x: bool) -> tuple[T
         d_x, gradients = _kronecker_backward(source, x, y, by_x)
     else:
         d_x = torch.empty(y.shape[0], source.spec.shape[1]) if by_x else None
-        # The first rows of x write these sums; without rows nobody does.
+        # The first rows of x write these; without rows nobody does.
         new = torch.empty if y.shape[0] else torch.zeros
-        sums = None if x is None else new(3, source.spec.blocks, source.spec.stages)
-        source.native.backward(
-            _address(x), y.data_ptr(), y.shape[0], _address(d_x), _address(sums), torch.get_num_threads()
-        )
-        gradients = None if sums is None else _finished(source, sums)
+        shape = source.spec.blocks, source.spec.stages
+        sums = None if x is None else (new(shape), new(shape), new(shape))
+        value, by_radius, by_angle = sums or (None, None, None)
+        addresses = map(_address, (d_x, value, by_radius, by_angle))
+        source.native.backward(_address(x), y.data_ptr(), y.shape[0], *addresses, torch.get_num_threads())
+        gradients = None if sums is None else _finished(source, *sums)
     return None if d_x is None else bands.turned(d_x, source.spec.rotation[1], back=True), gradients
 
 
-def _finished(source: Packed, sums: Tensor) -> bands.Gradients:
-    """As `bands.finish`, from sums in three planes, float32 (3, blocks, stages)."""
+def _finished(source: Packed, value: Tensor, by_radius: Tensor, by_angle: Tensor) -> bands.Gradients:
+    """Gradients from those by radius and angle, and from what each seed adds to the product, (blocks, stages)."""
     scale = source.tensors.scale
-    by_scale = sums[0].sum(dtype=torch.float64).to(scale.dtype)
+    by_scale = value.sum(dtype=torch.float64).to(scale.dtype)
     if source.tensors.radius is None:
         return scale.new_empty(0), scale.new_empty(0), by_scale
-    return sums[1] * scale, sums[2] * scale, by_scale
+    return by_radius, by_angle, by_scale
 
 
 # packed64: block (I, J) is sum_s c_IJs phi_s. With P_Js = phi_s x_J, computed once, y_I = sum_Js c_IJs P_Js.
@@ -214,7 +215,8 @@ def _kronecker_backward(
     blocks = _blocks(x, block_columns, width).reshape(-1, width)
     by_amplitude = [upstream @ (blocks @ phi.T).reshape(block_columns, -1).T for phi in phis]
     parts *= by_amplitude[0].unsqueeze(-1) if len(by_amplitude) == 1 else torch.stack(by_amplitude, -1)
-    return d_x, _finished(source, parts.reshape(3, source.spec.blocks, source.spec.stages))
+    value, by_radius, by_angle = parts.reshape(3, source.spec.blocks, source.spec.stages)
+    return d_x, _finished(source, value, by_radius * scale, by_angle * scale)
 
 
 def _scaled(source: Packed, y: Tensor) -> Tensor:

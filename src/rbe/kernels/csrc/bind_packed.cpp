@@ -50,10 +50,11 @@ void bind_packed(nb::module_& m) {
             release())
         .def(
             "backward",
-            [](const PackedMatrix& self, uintptr_t x, uintptr_t y, int64_t batch, uintptr_t d_x, uintptr_t out,
-               int threads) {
+            [](const PackedMatrix& self, uintptr_t x, uintptr_t y, int64_t batch, uintptr_t d_x, uintptr_t value,
+               uintptr_t by_radius, uintptr_t by_angle, int threads) {
+                float* const out[3] = {at<float>(value), at<float>(by_radius), at<float>(by_angle)};
                 rbe::packed_backward(self, at<const float>(x), at<const float>(y), batch, at<float>(d_x),
-                                     at<float>(out), threads);
+                                     value ? out : nullptr, threads);
             },
             release())
         .def(

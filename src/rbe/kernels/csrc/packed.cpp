@@ -272,7 +272,8 @@ void packed_matmul(const Packed& p, const float* x, int64_t batch, float* y, int
     });
 }
 
-void packed_backward(const Packed& p, const float* x, const float* y, int64_t batch, float* d_x, float* out, int threads) {
+void packed_backward(const Packed& p, const float* x, const float* y, int64_t batch, float* d_x, float* const* out,
+                     int threads) {
     const PackedTier& t = packed_tier();
     const Tables& tables = *p.tables;
     const int64_t pairs = tables.pairs, stride = folded_stride(p);

@@ -84,10 +84,10 @@ struct PackedTier {
     void (*product)(const Packed& p, const Record* r, const float* profile, const float* x, int64_t batch,
                     float* parts);
     // For block columns [J0, J1): adds the derivatives by folded x to d_x, laid out as x is, where d_x is given, and
-    // those by the seeds, as `Sums` in three planes (blocks, stages), in out, where out is given. y is folded:
-    // [I][b][0 or 1][pair].
+    // those by the seeds to three planes (blocks, stages), where out is given: `Sums`, the last two times the scale. y is
+    // folded: [I][b][0 or 1][pair].
     void (*backward)(const Packed& p, int64_t J0, int64_t J1, const float* x, const float* y, int64_t batch, float* d_x,
-                     float* out);
+                     float* const* out);
     // Adds the sums of block columns [J0, J1) of rows [i0, i1) of block row I to out[J * stages + s]; G as `expand`.
     void (*contract)(const Packed& p, int64_t I, int64_t i0, int64_t i1, int64_t J0, int64_t J1, const Record* r,
                      const float* profile, const float* slopes, const float* gradient, Sums* out);
@@ -107,9 +107,9 @@ const PackedTier& packed_avx512();
 void packed_decode(const Packed& p, int64_t begin, int64_t end, float* out, int threads);
 void packed_rows(const Packed& p, const int64_t* index, int64_t count, float* out, int threads);
 void packed_matmul(const Packed& p, const float* x, int64_t batch, float* y, int threads);
-// Derivatives of <y, W x>: by x where d_x is given, and by the seeds, as sums in three planes (blocks, stages), where
-// out is given. x may be null without out.
-void packed_backward(const Packed& p, const float* x, const float* y, int64_t batch, float* d_x, float* out,
+// Derivatives of <y, W x>: by x where d_x is given, and by the seeds, in three planes (blocks, stages), where out is
+// given: the sums of G W, and derivatives by radius and angle. x may be null without out.
+void packed_backward(const Packed& p, const float* x, const float* y, int64_t batch, float* d_x, float* const* out,
                      int threads);
 // packed64: amplitudes (blocks, stages) and, where wanted, their derivatives by radius and angle.
 void packed_amplitudes(const Packed& p, float* amp, float* by_radius, float* by_angle, int threads);

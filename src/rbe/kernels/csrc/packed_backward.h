@@ -155,9 +155,9 @@ inline void spread_pairs(const Tables& t, const float* y, int64_t rows, float* o
         }
 }
 
-// The derivatives of four records, from their sums: as `add_sums`, side by side.
+// The derivatives of four records, from their sums: as `add_sums`, side by side; times the scale but for the value.
 template <int KIND, int SUMS>
-inline void conclude(const Record* r, const VF (*sums)[SUMS], Four* out) {
+inline void conclude(const Record* r, const VF (*sums)[SUMS], float scale, Four* out) {
     Four total[4], field[4];
     if constexpr (SUMS == 4) {
         turned(sum4(sums[0]), sum4(sums[1]), sum4(sums[2]), sum4(sums[3]), total);
@@ -171,13 +171,13 @@ inline void conclude(const Record* r, const VF (*sums)[SUMS], Four* out) {
     const Four u = field[0], v = field[1], amp = field[2], slope = field[3];
     const Four value = u * total[0] + v * total[1];
     out[0] = amp * value;
-    out[1] = slope * (KIND == RADIAL ? u * total[2] + v * total[3] : value);
-    out[2] = amp * q * (v * total[0] - u * total[1]);
+    out[1] = scale * slope * (KIND == RADIAL ? u * total[2] + v * total[3] : value);
+    out[2] = scale * amp * q * (v * total[0] - u * total[1]);
 }
 
 template <int KIND, int HALF, bool BY_X, bool BY_SEEDS>
 void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const float* y, int64_t batch, float* d_x,
-                 float* out) {
+                 float* const* out) {
     thread_local Memory records_memory, profile_memory, slopes_memory, matrix_memory, y_memory, x_memory, d_memory,
         sums_memory;
     // Rows of x whose derivatives are added up before the seeds are read again, and rows of y at once: what they need
@@ -190,7 +190,7 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
     const int64_t n = t.quarter * LANES, per_block = p.records(), blocks = J1 - J0, count = blocks * per_block;
     const int64_t classes = KIND == RADIAL ? t.classes : 0, half = half_of<HALF>(t);
     const int64_t d_part = std::max<int64_t>(half, W), x_row = 2 * half, d_row = 2 * d_part;
-    const int64_t x_stride = folded_stride(p), seeds = p.block_rows * p.block_cols * p.stages;
+    const int64_t x_stride = folded_stride(p);
     const int64_t most = std::min(ROWS, batch);
     Record* r = reinterpret_cast<Record*>(
         records_memory.get((count + AT_ONCE * p.parts()) * static_cast<int64_t>(sizeof(Record) / 4)));
@@ -294,14 +294,14 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
                 }
             }
             if (!BY_SEEDS) continue;
-            float* to = out + (I * p.block_cols + J0) * p.stages;
+            const int64_t before = (I * p.block_cols + J0) * p.stages;
             for (int64_t k = 0; k < count; k += 4) {
                 const int many = static_cast<int>(std::min<int64_t>(4, count - k));
                 Four found[3];
-                conclude<KIND, SUMS>(r + k, sums + k, found);
+                conclude<KIND, SUMS>(r + k, sums + k, *p.scale, found);
                 for (int m = 0; m < 3; m++)
                     for (int o = 0; o < many; o++) {
-                        float& at = to[m * seeds + k + o];
+                        float& at = out[m][before + k + o];
                         at = first ? at + found[m][o] : found[m][o];
                     }
             }
@@ -322,7 +322,7 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
 }
 
 void backward(const Packed& p, int64_t J0, int64_t J1, const float* x, const float* y, int64_t batch, float* d_x,
-              float* out) {
+              float* const* out) {
     choose_half(p, [&](auto kind, auto half) {
         constexpr int KIND = kind(), HALF = half();
         if (d_x && out) backward_of<KIND, HALF, true, true>(p, J0, J1, x, y, batch, d_x, out);
