@@ -59,21 +59,32 @@ struct Mixture {
 constexpr Mixture UNBOUNDED = {1, 0, 0.5f, 0.5f, 0, 0, 1}, BOUNDED = {2, 1, 0, 1, 4, 0, 1};
 constexpr Mixture MIXTURES[4] = {UNBOUNDED, UNBOUNDED, BOUNDED, {2, 1, 0, 1, 4, -2, 0}};
 
-// f and its derivative at x = argument * rho >= 0.
+// Both functions of a pair of quadrants at x = argument * rho >= 0: sinh and cosh, or tanh and sech^2.
+inline void pair_lanes(const Mixture& k, VF x, VF& a, VF& b) {
+    const VF e = expm1_lanes(x * k.times), p = e + 1.0f, n = reciprocal(p + k.more);
+    a = e * n * k.whole + e * k.half;
+    b = p * k.half + n * (p * n * k.four + k.half);
+}
+
+// f and its derivative.
 inline void profile_lanes(int shape, VF x, VF& f, VF& slope) {
     const Mixture& k = MIXTURES[shape & 3];
     const VI second = VI{} - (shape & 1);
-    const VF e = expm1_lanes(x * k.times), p = e + 1.0f, n = reciprocal(p + k.more);
-    const VF a = e * n * k.whole + e * k.half;                // sinh or tanh
-    const VF b = p * k.half + n * (p * n * k.four + k.half);  // cosh or sech^2
+    VF a, b;
+    pair_lanes(k, x, a, b);
     f = second ? b : a, slope = (second ? a : b) * (b * k.turn + k.stay);
 }
 
 // What a record's profile is at radii rho: f, or rho f'.
 inline VF profile_of(const Record& r, VF rho) {
-    VF f, slope;
-    profile_lanes(r.shape & 3, rho * r.argument, f, slope);
-    return r.shape & 4 ? rho * slope : f;
+    VF a, b;
+    if (!(r.shape & 4)) {
+        pair_lanes(MIXTURES[r.shape], rho * r.argument, a, b);
+        const VI second = VI{} - (r.shape & 1);
+        return second ? b : a;
+    }
+    profile_lanes(r.shape, rho * r.argument, a, b);
+    return rho * b;
 }
 
 void profiles(const Tables& t, const Record* r, int64_t count, float* out, float* slopes) {
