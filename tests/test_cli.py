@@ -355,11 +355,13 @@ def test_system_errors_have_no_traceback(small: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(work, "inspect", full)
     refused("inspect", small, says="No space left on device: /somewhere")
 
-    def hungry(*_: object) -> None:
-        raise MemoryError
+    for hungry in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")):
 
-    monkeypatch.setattr(work, "inspect", hungry)
-    refused("inspect", small, says="out of memory")
+        def fail(*_: object, hungry: Exception = hungry) -> None:
+            raise hungry
+
+        monkeypatch.setattr(work, "inspect", fail)
+        refused("inspect", small, says="out of memory")
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:

@@ -64,6 +64,7 @@ Text = Annotated[Path | None, typer.Option("--text", metavar="FILE", help="Text 
 Limit = Annotated[int | None, typer.Option(min=2, help="Use at most so many texts or tokens.")]
 Act = Annotated[Activations, typer.Option(help="float32 is exact; int8 is faster and rounds the activations.")]
 
+NO_MEMORY = "out of memory; free some, or ask for less"
 RESUMES = "interrupted; what is done is kept, run the same command again and it goes on from there"
 
 
@@ -92,7 +93,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except OSError as wrong:
             fail(f"{wrong.strerror or wrong}{f': {wrong.filename}' if wrong.filename else ''}", as_json)
         except MemoryError:
-            fail("out of memory; free some, or use fewer --threads", as_json)
+            fail(NO_MEMORY, as_json)
+        except RuntimeError as wrong:
+            if "can't allocate memory" not in str(wrong):  # what torch says of it
+                raise
+            fail(NO_MEMORY, as_json)
 
     return run
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rbe.errors import RbeError
+from rbe.formats import stream
 from rbe.nn.stream import Stream, streams
 
 # Steps between two estimates of what the streams cost, at most, and estimates of a run at least.
@@ -71,6 +72,12 @@ def _bits(logit: Tensor, there: Tensor) -> float:
     return float((yes * there + no * (1 - there)).sum()) / math.log(2)
 
 
+def _least(layer: Stream) -> int:
+    """Bytes of the seed of a layer without any level."""
+    zeros = torch.zeros(layer.shape[0], layer.shape[1] + layer.bias, dtype=torch.int16)
+    return len(stream.pack(zeros, cells=layer.cells, bias=layer.bias))
+
+
 class StreamAdam(torch.optim.Adam):
     """Adam that brings the streams of a model to a number of bytes within half of the steps, and keeps them there.
 
@@ -97,7 +104,8 @@ class StreamAdam(torch.optim.Adam):
         betas, eps: as in Adam.
 
     Raises:
-        RbeError: there is no open stream, a number is not positive, or the pairs leave out a stream or name it twice.
+        RbeError: there is no open stream, a number is not positive, bytes are too few for any level, or the pairs leave
+            out a stream or name it twice.
     """
 
     def __init__(
@@ -123,6 +131,10 @@ class StreamAdam(torch.optim.Adam):
         named = [id(layer) for some, _ in self.parts for layer in some]
         if sorted(named) != sorted(map(id, layers)):
             raise RbeError("StreamAdam: the pairs of layers and bytes must name every open stream once")
+        for some, size in self.parts:
+            least = sum(map(_least, some))
+            if size < least:
+                raise RbeError(f"StreamAdam: bytes is {size}, but streams without any level take {least}; allow more")
         own = {id(layer.latent) for layer in layers}
         dense = [p for p in model.parameters() if id(p) not in own]
         # In the group, so that a state dict has them: the pressure, steps done, bits at the start, true to estimated,

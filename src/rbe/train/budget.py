@@ -125,6 +125,11 @@ def plan(config: Config, task: Task, teacher: nn.Module | None) -> tuple[Share, 
             for edge in edges
             for spec in [formats.make_spec(made.format, tuple(weight.shape), block=edge, stages=made.stages)]  # type: ignore[arg-type]
         ]
+    if fixed >= config.seeds.bytes:
+        raise RbeError(
+            f"train: [seeds] bytes is {config.seeds.bytes}, but what [[seeds.layer]] leaves dense takes {fixed}; "
+            "allow more"
+        )
     chosen = allocate(options, config.seeds.bytes - fixed)
     return tuple(
         Share(name, *found[name].shape, squares[name], c.edge, c.bytes, c.loss)  # type: ignore[call-arg]
@@ -136,8 +141,8 @@ def _reference(config: Config, task: Task, teacher: nn.Module | None) -> nn.Modu
     """The teacher, if it is the same network, else a dense one after a few steps."""
     torch.manual_seed(config.train.seed)
     network = dense(config)
-    shapes = {m.name: m.weight.shape for m in matrices(network)}
-    if teacher is not None and shapes == {m.name: m.weight.shape for m in matrices(teacher)}:
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    if teacher is not None and shapes == {name: tensor.shape for name, tensor in teacher.state_dict().items()}:
         network.load_state_dict(teacher.state_dict())
         return network.requires_grad_(True)
     optimizer = torch.optim.Adam(network.parameters(), BRIEF_RATE)

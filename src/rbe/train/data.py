@@ -42,7 +42,8 @@ def load(config: Config) -> Images:
     """
     path = find(config, config.data.path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # numpy does not close files that it cannot read.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             if set(STREAMS) <= set(file):
                 arrays: dict[str, Any] = _decode(path, *(file[key] for key in STREAMS))
             else:
@@ -50,19 +51,26 @@ def load(config: Config) -> Images:
                 if missing:
                     raise RbeError(f"train: {path} has no {', '.join(missing)}; it must have {', '.join(KEYS)}")
                 arrays = {key: file[key] for key in KEYS}
-    except (OSError, ValueError) as cause:
-        raise RbeError(f"train: {path} cannot be read as .npz ({cause})") from cause
+    except RbeError:
+        raise
+    except Exception as cause:  # zip, zlib, numpy and Pillow raise many kinds for a damaged file
+        raise RbeError(f"train: {path} cannot be read as .npz ({cause}); fetch it again") from cause
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if x.ndim not in (3, 4) or len(x) != len(y) or x.dtype != np.uint8 or not len(x):
             raise RbeError(f"train: {path}: x_{part} is {x.dtype} {x.shape} with {len(y)} labels; images must be uint8")
+        if y.dtype.kind not in "iu" or y.size != len(x):
+            raise RbeError(f"train: {path}: y_{part} is {y.dtype} {y.shape}; it must be a whole number for every image")
         images = torch.from_numpy(x).float() / 255
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         parts[part] = images, torch.from_numpy(y.astype(np.int64)).reshape(-1)
     held = config.data.validation
     x, y = parts["train"]
-    if not 0 < held < len(x):
+    if x.shape[1:] != parts["test"][0].shape[1:]:
+        given = tuple(x.shape[1:]), tuple(parts["test"][0].shape[1:])
+        raise RbeError(f"train: {path}: images to train on are {given[0]}, those to test on {given[1]}; give one shape")
+    if not 0 < held < len(x) - 1:
         raise RbeError(f"train: [data] validation is {held}, but there are {len(x)} images; keep some of both")
     mean, deviation = x[:-held].mean(), x[:-held].std().clamp_min(1e-6)
     x, test = (x - mean) / deviation, (parts["test"][0] - mean) / deviation

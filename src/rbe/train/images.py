@@ -1,10 +1,12 @@
 """Images into classes: accuracy."""
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from rbe.errors import RbeError
 from rbe.train import data
 from rbe.train.config import Config
 from rbe.train.task import Batch, Split, Task
@@ -18,6 +20,7 @@ class Pictures(Task):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.images = data.load(config)
+        _check(config, self.images)
 
     @property
     def examples(self) -> int:
@@ -29,6 +32,8 @@ class Pictures(Task):
         settings = self.config.data
         x, y = self.images.train
         for chosen in torch.split(torch.randperm(len(x), generator=generator), self.config.train.batch):
+            if len(chosen) < min(2, self.config.train.batch):
+                continue  # one that is left over alone has no deviation for a batch norm
             batch = data.shifted(x[chosen], settings.shift, self.images.black, generator)
             if settings.flip:
                 batch = data.flipped(batch, generator)
@@ -37,6 +42,31 @@ class Pictures(Task):
     def measure(self, model: nn.Module, split: Split) -> float:
         """Accuracy."""
         return accuracy(model, *(self.images.validation if split == "validation" else self.images.test))
+
+
+def _check(config: Config, images: data.Images) -> None:
+    """Refuse images that are not those of the network.
+
+    Raises:
+        RbeError: they have other sides or more classes.
+    """
+    model, sides = config.model, tuple(images.train[0].shape[1:])
+    fits = {
+        "mlp": (math.prod(sides) == model.widths[0], f"{model.widths[0]} pixels, the first of [model] widths"),
+        "lenet5": (sides == (1, 28, 28), "28x28 pixels of one channel"),
+        "resnet20": (sides[0] == 3, "three channels"),
+    }
+    right, wanted = fits[model.kind]
+    if not right:
+        raise RbeError(f"train: {config.data.path}: images are {sides}, but {model.kind} takes {wanted}")
+    classes = 10 if model.kind == "resnet20" else model.widths[-1]
+    labels = torch.cat([part[1] for part in (images.train, images.validation, images.test)])
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0 or most >= classes:
+        raise RbeError(
+            f"train: {config.data.path}: labels go from {least} to {most}, but the network has {classes} classes, 0 to "
+            f"{classes - 1}"
+        )
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import os
 import tomllib
 from pathlib import Path
@@ -20,6 +21,8 @@ NETWORKS = {
     "translation": ("transformer",),
     "language": ("gpt",),
 }
+# Far more of them end the process.
+MOST_THREADS = 1024
 FORMATS = ("outer128", "packed128", "packed64", "stream", "dense")
 
 
@@ -49,7 +52,10 @@ def load_config(path: str | Path) -> Config:
     if "path" not in given.get("data", {}):
         raise RbeError(f"train: {path} has no [data] path; name the file or folder of the data")
     made: dict[str, Any] = {key: _read(path, key, given.get(key, {}), kind) for key, kind in PARTS.items()}
-    config = Config(given.get("name", path.stem), folder=path.parent, **made)
+    name = given.get("name", path.stem)
+    if not isinstance(name, str) or Path(name).name != name:
+        raise RbeError(f"train: {path}: name is {name!r}; it must be text that can be the name of a folder")
+    config = Config(name, folder=path.parent, **made)
     _check(path, config)
     return config
 
@@ -122,13 +128,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
 def _typed(what: str, value: Any, annotation: str) -> Any:
     """The value, if it has a type of the annotation; a whole number may stand for any number."""
     if annotation.startswith("tuple"):
-        if isinstance(value, tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        whole = isinstance(value, tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+        if whole and all(abs(v) < 1 << 63 for v in value):
             return value
         raise RbeError(f"{what} is {value!r}; it must be a list of whole numbers")
     names = [part.strip() for part in annotation.split("|")]
     allowed = tuple(t for name in names for t in _TYPES[name])
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         raise RbeError(f"{what} is {value!r}; it must be {' or '.join(n for n in names if n != 'None')}")
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise RbeError(f"{what} is {value}; it must be a number of at most 63 bits")
     return float(value) if "float" in names and isinstance(value, int) else value
 
 
@@ -154,6 +163,8 @@ def _check(path: Path, config: Config) -> None:
         raise RbeError(
             f"train: {path}: [train] rest_bits is {rest}; choose one of {offered}, and 32 for a dense network"
         )
+    if min(model.widths, default=1) < 1:
+        raise RbeError(f"train: {path}: [model] widths {list(model.widths)} are not all positive")
     if model.kind == "mlp" and len(model.widths) < 2:
         raise RbeError(f"train: {path}: [model] widths {list(model.widths)} are no network; give input and output")
     if model.kind == "lenet5" and len(model.widths) != 4:
@@ -166,6 +177,16 @@ def _check(path: Path, config: Config) -> None:
         raise RbeError(f"train: {path}: [data] tokenizer is missing; name a folder with a tokenizer.json")
     if data.task != "images" and seeds.blocks:
         raise RbeError(f"train: {path}: [seeds] blocks is for networks of images; use [[seeds.layer]] patterns")
+    if config.train.batch == 1 and data.task == "images" and (model.kind == "resnet20" or model.norm == "batch"):
+        raise RbeError(f"train: {path}: [train] batch is 1, of which batch norms learn nothing; give 2 or more")
+    offering = {"packed64", "packed128"} & {seeds.format, *(layer.format for layer in seeds.layer)}
+    if seeds.bias == "seed" and not offering:
+        raise RbeError(
+            f"train: {path}: [seeds] bias is 'seed', which {seeds.format} cannot be; give true or false, or format "
+            "packed64 or packed128"
+        )
+    if seeds.rows and seeds.format != "stream":
+        raise RbeError(f"train: {path}: [seeds] rows is for format stream; leave it out")
     matrices = {"lenet5": 4, "mlp": len(model.widths) - 1}.get(model.kind, 0)
     if seeds.blocks and len(seeds.blocks) != matrices:
         raise RbeError(f"train: {path}: [seeds] blocks has {len(seeds.blocks)} entries for {matrices} matrices")
@@ -219,7 +240,7 @@ def _check_bits(path: Path, config: Config) -> None:
 
 def _check_numbers(path: Path, config: Config) -> None:
     recipe, model = config.train, config.model
-    positive: dict[str, float] = {"batch": recipe.batch, "softness": recipe.softness}
+    positive: dict[str, float] = {"batch": recipe.batch, "flip_temperature": recipe.flip_temperature}
     if recipe.epochs or model.start is None:
         positive["epochs"] = recipe.epochs
     sections = [("train", name, number, number > 0, "positive") for name, number in positive.items()]
@@ -237,7 +258,9 @@ def _check_numbers(path: Path, config: Config) -> None:
         ("data", "length", config.data.length, config.data.length > 1, "at least 2"),
         ("data", "shift", config.data.shift, config.data.shift >= 0, "0 or more"),
         ("seeds", "bytes", config.seeds.bytes, config.seeds.bytes >= 0, "0 or more"),
-        ("seeds", "spread", config.seeds.spread, config.seeds.spread > 0, "positive"),
+        ("seeds", "spread", config.seeds.spread, 0 < config.seeds.spread < math.inf, "positive"),
+        ("train", "softness", recipe.softness, 0 < recipe.softness < math.inf, "positive"),
+        ("train", "threads", recipe.threads, 0 <= recipe.threads <= MOST_THREADS, f"at most {MOST_THREADS}"),
     ]
     for section, name, number, fine, wanted in sections:
         if not fine:

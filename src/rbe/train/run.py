@@ -172,16 +172,21 @@ def train(
     source = teacher if same else _network(config, task, config.model.start)
     shares: tuple[Share, ...] = ()
     if config.seeds.bytes and not config.seeds.streamed:
-        shares = budget.plan(config, task, teacher) if saved is None else tuple(Share(**s) for s in saved["plan"])
+        with store.sensible(out / CHECKPOINT):
+            shares = () if saved is None else tuple(Share(**s) for s in saved["plan"])
+        shares = budget.plan(config, task, teacher) if saved is None else shares
         if planned is not None:
             planned(shares)
     torch.manual_seed(config.train.seed)
     model = build(store.with_blocks(config, {s.name: s.edge for s in shares}))
     if source is not None:
         start(model, source)
+    if teacher is not None:
+        _check_teacher(config, teacher, model, task)
     run = _Run(config, task, model, teacher, shares)
     if saved is not None:
-        run.restore(saved)
+        with store.sensible(out / CHECKPOINT):
+            run.restore(saved)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
@@ -204,6 +209,28 @@ def _network(config: Config, task: Task, folder: str | None) -> nn.Module | None
     if isinstance(task, Language) and not (place / RESULT).exists():
         return task.foreign(folder)
     return load(place)
+
+
+def _check_teacher(config: Config, teacher: nn.Module, model: nn.Module, task: Task) -> None:
+    """Let both answer once, and compare.
+
+    Raises:
+        RbeError: the teacher does not take these inputs, or has other outputs.
+    """
+    batch = next(iter(task.batches(torch.Generator().manual_seed(0))))
+    place = config.train.teacher
+    with torch.no_grad():
+        own = model.eval()(*batch.inputs)
+        try:
+            given = teacher(*batch.inputs)
+        except (RuntimeError, IndexError, ValueError, TypeError) as cause:  # RbeError is a ValueError
+            raise RbeError(
+                f"train: the teacher {place} does not take the inputs of this run ({cause}); name another"
+            ) from cause
+    if given.shape != own.shape:
+        raise RbeError(
+            f"train: the teacher {place} has {given.shape[-1]} classes, this network {own.shape[-1]}; name another"
+        )
 
 
 class _Run:
@@ -261,9 +288,16 @@ class _Run:
             "best": self.best,
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
+            "examples": self.task.examples,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        there, then = self.task.examples, state.get("examples", self.task.examples)
+        if there != then:
+            raise RbeError(
+                f"train: there are {there} examples to train on, and were {then} when the run was interrupted; put the "
+                "data back, or start anew with --restart"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

@@ -1,7 +1,9 @@
 """The folder of a run: checkpoint, result and trained network, each under its name only when it is whole."""
 
 import json
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,22 +37,56 @@ def load(folder: str | Path, build: Build = networks.build) -> nn.Module:
     try:
         known = json.loads((folder / RESULT).read_text())
         config, edges = Config.from_json(known["config"]), {s["name"]: s["edge"] for s in known["result"]["plan"]}
-        state = torch.load(folder / WEIGHTS, weights_only=True)
-    except (OSError, KeyError, ValueError) as cause:
+        state = _read(folder / WEIGHTS)
+        model = build(with_blocks(config, edges))
+        for module in model.modules():
+            if isinstance(module, Stream):
+                module.shut()  # what is drawn anew is not worth packing
+        freeze(model)
+        if config.train.rest_bits < 32:
+            fold_norms(model)
+            unpack(model, state)
+        else:
+            model.load_state_dict(state)
+    except Exception as cause:  # torch raises many kinds for a damaged file
         raise RbeError(
-            f"train: there is no finished run in {folder} ({cause}); train it first: rbe train CONFIG --out {folder}"
+            f"train: there is no finished run in {folder}, or it is damaged ({_first(cause)}); train it first: rbe "
+            f"train CONFIG --out {folder}"
         ) from cause
-    model = build(with_blocks(config, edges))
-    for module in model.modules():
-        if isinstance(module, Stream):
-            module.shut()  # what is drawn anew is not worth packing
-    freeze(model)
-    if config.train.rest_bits < 32:
-        fold_norms(model)
-        unpack(model, state)
-    else:
-        model.load_state_dict(state)
     return model.eval().requires_grad_(False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What torch saved, every byte of it checked: torch itself does not look at the checksums it writes."""
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} was changed after it was written")
+    saved = torch.load(path, weights_only=True)
+    if not isinstance(saved, dict):
+        raise TypeError(f"it holds a {type(saved).__name__}")
+    return saved
+
+
+def _first(cause: Exception) -> str:
+    return str(cause).strip().partition("\n")[0] or type(cause).__name__
+
+
+@contextmanager
+def sensible(path: Path) -> Iterator[None]:
+    """A checkpoint can be whole and still not be of this run.
+
+    Raises:
+        RbeError: what it holds does not fit.
+    """
+    try:
+        yield
+    except RbeError:
+        raise
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as cause:
+        raise RbeError(
+            f"train: the checkpoint {path} does not fit this run ({_first(cause)}); start anew with --restart"
+        ) from cause
 
 
 def with_blocks(config: Config, edges: dict[str, int]) -> Config:
@@ -83,7 +119,7 @@ def finished(out: Path, identity: str) -> dict[str, Any] | None:
         known = json.loads((out / RESULT).read_text())
         same = json.dumps(known["config"], sort_keys=True) == identity
         return known["result"] if same else None
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError, TypeError):
         return None
 
 
@@ -99,9 +135,11 @@ def resume(out: Path, identity: str) -> dict[str, Any] | None:
             raise RbeError(f"train: {out} holds another run; choose another --out, or --restart to throw it away")
         return None
     try:
-        saved: dict[str, Any] = torch.load(path, weights_only=True)
+        saved = _read(path)
     except Exception as cause:  # torch raises many kinds for a damaged file
-        raise RbeError(f"train: the checkpoint {path} is damaged ({cause}); start anew with --restart") from cause
+        raise RbeError(
+            f"train: the checkpoint {path} is damaged ({_first(cause)}); start anew with --restart"
+        ) from cause
     if saved.get("identity") != identity:
         raise RbeError(
             f"train: {path} is of another configuration; choose another --out, or --restart to throw it away"
