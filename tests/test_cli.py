@@ -382,7 +382,12 @@ def test_an_interrupt_keeps_the_work_and_the_same_command_goes_on(tmp_path: Path
     source, target = tmp_path / "w.safetensors", tmp_path / "out"
     save_file({f"layer.{k}.weight": torch.randn(384, 512) for k in range(40)}, source)
     command = [*RBE, "compress", str(source), str(target), "--threads", "1", "--effort", "fast"]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def heed() -> None:
+        """A shell's background jobs ignore interrupts, and so would all that they start."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     journal = tmp_path / ".out.rbe-partial" / "journal.jsonl"
     while run.poll() is None and not (journal.is_file() and journal.read_bytes().count(b"\n") > 1):
         time.sleep(0.01)
