@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rbe.errors import RbeError
-from rbe.formats import stream
+from rbe.kernels import stream
 from rbe.nn.stream import Stream, streams
 
 # Steps between two estimates of what the streams cost, at most, and estimates of a run at least.

@@ -222,7 +222,7 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
             for (int64_t some = 0; some < rows; some += SPREAD) {
                 const int64_t here = std::min(SPREAD, rows - some);
                 spread_pairs<HALF>(t, y + (I * batch + first + some) * 2 * t.pairs, here, spread_y);
-                // OWNERS records from k on, and where they stand in the first row.
+                // What `number` records from k on need, at the first row.
                 const auto passing = [&](int64_t k, int number, Passing* of) {
                     for (int o = 0; o < number; o++) {
                         const Record& at = r[k + o];
