@@ -276,11 +276,12 @@ void packed_backward(const Packed& p, const float* x, const float* y, int64_t ba
                      int threads) {
     const PackedTier& t = packed_tier();
     const Tables& tables = *p.tables;
-    const int64_t pairs = tables.pairs, stride = folded_stride(p);
+    const int64_t pairs = tables.quarter * LANES / tables.half, stride = folded_stride(p);
     threads = p.rows * p.cols * batch < ALONE ? 1 : threads;
     // y times the factors of the rows, as sums and differences of mirrored rows; the middle row of an odd count is both.
     // Rows of a block row are neighbours: from row to row of a wide matrix, all would meet in a few sets of the cache.
-    Floats folded_y(static_cast<size_t>(batch * p.block_rows * 2 * pairs));
+    // Pairs are as many as the cells of a quarter, which fill its vectors; vectors may overhang.
+    Floats folded_y(static_cast<size_t>(batch * p.block_rows * 2 * pairs + LANES));
     std::vector<float> factors(static_cast<size_t>(p.rows));
     for (int64_t i = 0; i < p.rows; i++)
         factors[static_cast<size_t>(i)] = p.row_scale ? half_to_float(p.row_scale[i]) : 1.0f;
@@ -295,8 +296,10 @@ void packed_backward(const Packed& p, const float* x, const float* y, int64_t ba
     });
     const Floats folded_x = out ? fold_columns(p, x, batch, threads) : Floats();
     Floats folded_d(d_x ? static_cast<size_t>(batch * stride) : 0);
-    // Columns of blocks that a thread takes at once: their sums stay in its first-level cache.
-    const int64_t columns = batch > 8 ? 16 : 32, pieces = (p.block_cols + columns - 1) / columns;
+    // Columns of blocks that a thread takes at once: their sums stay in its first-level cache. With a few rows it takes
+    // all of its share, as what it reads then lies together.
+    const int64_t most = batch > 2 ? 32 : std::clamp<int64_t>(p.block_cols / threads, 32, 256);
+    const int64_t pieces = (p.block_cols + most - 1) / most, columns = (p.block_cols + pieces - 1) / pieces;
     parallel(pieces, threads, [&](int64_t k) {
         t.backward(p, k * columns, std::min((k + 1) * columns, p.block_cols), out ? folded_x.data() : nullptr,
                    folded_y.data(), batch, d_x ? folded_d.data() : nullptr, out);

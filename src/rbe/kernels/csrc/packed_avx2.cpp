@@ -43,6 +43,15 @@ inline VF spread(const float* from) {
     return reinterpret_cast<VF>(_mm256_broadcast_ss(from));
 }
 
+// W / HALF floats, HALF times each; one where HALF is no less than W.
+template <int HALF>
+inline VF repeat(const float* from) {
+    if (HALF >= 8) return reinterpret_cast<VF>(_mm256_broadcast_ss(from));
+    VI at;
+    for (int k = 0; k < 8; k++) at[k] = k / HALF;
+    return reinterpret_cast<VF>(_mm256_permutevar8x32_ps(_mm256_loadu_ps(from), reinterpret_cast<__m256i>(at)));
+}
+
 inline Four fold(VF v) {
     return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
 }
@@ -57,8 +66,8 @@ inline VF reciprocal(VF x) {
 
 // What the registers hold: vectors of one row of x, vectors and rows of a product of many, rows of y.
 constexpr int VECTORS = 4, TOGETHER = 2, BATCH = 3, BACK = 4;
-// Of the gradients of blocks: records and vectors at once.
-constexpr int OWNED = 3, DEPTH = 4;
+// Of backward passes: records whose rows of y are read together; of gradients of blocks: records and vectors at once.
+constexpr int SHARED = 2, OWNED = 2, DEPTH = 4;
 
 #include "packed_tier.h"
 #include "packed_product.h"

@@ -38,6 +38,17 @@ inline VF spread(const float* from) {
     return reinterpret_cast<VF>(_mm512_set1_ps(*from));
 }
 
+// W / HALF floats, HALF times each; one where HALF is no less than W.
+template <int HALF>
+inline VF repeat(const float* from) {
+    if (HALF >= 16) return reinterpret_cast<VF>(_mm512_set1_ps(*from));
+    if (HALF == 8)  // two loads: permutations share a port with multiplications
+        return reinterpret_cast<VF>(_mm512_mask_broadcastss_ps(_mm512_set1_ps(from[0]), 0xFF00, _mm_load_ss(from + 1)));
+    VI at;
+    for (int k = 0; k < 16; k++) at[k] = k / HALF;
+    return reinterpret_cast<VF>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(at), _mm512_loadu_ps(from)));
+}
+
 inline Four fold(VF v) {
     return (__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 8, 9, 10, 11)) +
            (__builtin_shufflevector(v, v, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 12, 13, 14, 15));
@@ -53,9 +64,9 @@ inline VF reciprocal(VF x) {
 }
 
 // What the registers hold: vectors of one row of x, vectors and rows of a product of many, rows of y.
-constexpr int VECTORS = 4, TOGETHER = 2, BATCH = 6, BACK = 8;
-// Of the gradients of blocks: records and vectors at once.
-constexpr int OWNED = 4, DEPTH = 4;
+constexpr int VECTORS = 4, TOGETHER = 2, BATCH = 6, BACK = 4;
+// Of backward passes: records whose rows of y are read together; of gradients of blocks: records and vectors at once.
+constexpr int SHARED = 4, OWNED = 4, DEPTH = 4;
 
 #include "packed_tier.h"
 #include "packed_product.h"

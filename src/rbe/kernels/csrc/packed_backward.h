@@ -14,35 +14,60 @@ struct Passing {
     float *d[2], amp[2];
 };
 
-// NB rows of y, spread over the vectors of a quarter, with OWNERS records of the same block row, PER matrices each.
-template <int HALF, int OWNERS, int PER, int NB, bool BY_X, bool BY_SEEDS>
-inline void pass(const Tables& t, const Passing* of, const float* y, int64_t x_row, int64_t d_row, VF (*acc)[2 * PER]) {
-    const int64_t n = t.quarter * LANES, vectors = n / W, wide = wide_of<HALF>(t);
+// Floats of a quarter: a constant where a block of 2 HALF columns has as many rows, else read.
+template <int HALF, bool SQUARE>
+inline int64_t cells_of(const Tables& t) {
+    return SQUARE ? std::max<int64_t>(LANES, HALF * HALF) : t.quarter * LANES;
+}
+
+// Pairs of rows of a vector.
+template <int HALF>
+constexpr int64_t PAIRS_OF = HALF < W ? W / HALF : 1;
+
+// What a record has found at a vector of columns, the parts found[0 ... PER) of one row of y: derivatives by folded x,
+// and products with it for the seeds.
+template <int HALF, int PER, bool BY_X, bool BY_SEEDS>
+inline void settle(const Passing& of, int m, int64_t first, int64_t wide, int64_t x_at, int64_t d_at, const VF* found,
+                   VF* of_seeds) {
+    if (BY_X) {
+        float* to = of.d[m] + d_at + first * W;
+        store(to, load(to) + found[0] * of.amp[m]);
+    }
+    if (BY_SEEDS) {
+        const VF x = columns_of<HALF>(of.x[m] + x_at, first, wide);
+        for (int k = 0; k < PER; k++) of_seeds[k] += found[k] * x;
+    }
+}
+
+// NB rows of y from row `at` on, with OWNERS records of the same block row, PER matrices each. What is found stays in
+// registers only where every loop over it is unrolled.
+template <int HALF, bool SQUARE, int OWNERS, int PER, int NB, bool BY_X, bool BY_SEEDS>
+inline void pass(const Tables& t, const Passing* of, const float* y, int64_t at, int64_t x_row, int64_t d_row,
+                 VF (*acc)[2 * PER]) {
+    const int64_t n = cells_of<HALF, SQUARE>(t), vectors = n / W, wide = wide_of<HALF>(t), y_part = n / half_of<HALF>(t);
     for (int m = 0; m < 2; m++)
         for (int64_t first = 0; first < wide; first++) {
-            VF found[OWNERS * PER][NB] = {};
-#pragma GCC unroll 4
-            for (int64_t v = first; v < vectors; v += wide) {
-                VF part[OWNERS * PER];
-                for (int k = 0; k < OWNERS * PER; k++) part[k] = load(of[k / PER].matrix[m][k % PER] + v * W);
+            VF found[OWNERS][NB][PER] = {};
+            const float* from = y + (2 * at + m) * y_part;
+#pragma GCC unroll 8
+            for (int64_t v = first; v < vectors; v += wide, from += PAIRS_OF<HALF>) {
+                VF part[OWNERS][PER];
+                for (int o = 0; o < OWNERS; o++)
+                    for (int k = 0; k < PER; k++) part[o][k] = load(of[o].matrix[m][k] + v * W);
                 for (int b = 0; b < NB; b++) {
-                    const VF some = load(y + (2 * b + m) * n + v * W);
-                    for (int k = 0; k < OWNERS * PER; k++) found[k][b] += part[k] * some;
+                    VF some = repeat<HALF>(from + 2 * b * y_part);
+                    hold(some);
+                    for (int o = 0; o < OWNERS; o++)
+                        for (int k = 0; k < PER; k++) found[o][b][k] += part[o][k] * some;
                 }
             }
+#pragma GCC unroll 4
             for (int o = 0; o < OWNERS; o++) {
-                const float amp = of[o].amp[m];
                 VF of_seeds[PER] = {};
-                for (int b = 0; b < NB; b++) {
-                    if (BY_X) {
-                        float* to = of[o].d[m] + b * d_row + first * W;
-                        store(to, load(to) + found[o * PER][b] * amp);
-                    }
-                    if (BY_SEEDS) {
-                        const VF x = columns_of<HALF>(of[o].x[m] + b * x_row, first, wide);
-                        for (int k = 0; k < PER; k++) of_seeds[k] += found[o * PER + k][b] * x;
-                    }
-                }
+#pragma GCC unroll 8
+                for (int b = 0; b < NB; b++)
+                    settle<HALF, PER, BY_X, BY_SEEDS>(of[o], m, first, wide, (at + b) * x_row, (at + b) * d_row,
+                                                      found[o][b], of_seeds);
                 if (BY_SEEDS)
                     for (int k = 0; k < PER; k++) acc[o][2 * k + m] += of_seeds[k];
             }
@@ -50,61 +75,57 @@ inline void pass(const Tables& t, const Passing* of, const float* y, int64_t x_r
 }
 
 // One row of y, for which the matrices of a radial record are not worth being stored.
-template <int KIND, int HALF, bool BY_X, bool BY_SEEDS>
-inline void pass_row(const Tables& t, const Record& r, const float* profile, const float* slopes, const Passing& of,
-                     const float* y, VF* acc) {
-    const int64_t n = t.quarter * LANES, vectors = n / W, wide = wide_of<HALF>(t);
-    const float* wave = t.quarters + r.q * 2 * n;
+template <int KIND, int HALF, bool SQUARE, int OWNERS, int PER, bool BY_X, bool BY_SEEDS>
+inline void pass_row(const Tables& t, const Record* r, const float* profile, const float* slopes, const Passing* of,
+                     const float* y, int64_t at, int64_t x_row, int64_t d_row, VF (*acc)[2 * PER]) {
+    const int64_t n = cells_of<HALF, SQUARE>(t), vectors = n / W, wide = wide_of<HALF>(t), y_part = n / half_of<HALF>(t);
     for (int64_t first = 0; first < wide; first++) {
-        // Two sums of each, or every addition would wait for the one before.
-        VF found[2][2] = {}, sloped[2][2] = {};
-        const auto add = [&](int64_t v, int side) __attribute__((always_inline)) {
-            VF f, g;
-            if (KIND == RADIAL) {
-                const VI at = loadi(t.quarter_class + v * W);
-                f = lookup(profile, t.classes, at), g = BY_SEEDS ? lookup(slopes, t.classes, at) : f;
-            }
-            for (int m = 0; m < 2; m++) {
-                const VF cells = load(wave + m * n + v * W), some = load(y + m * n + v * W);
+        VF found[OWNERS][2][PER] = {};
+        const float* from = y + 2 * at * y_part;
+#pragma GCC unroll 8
+        for (int64_t v = first; v < vectors; v += wide, from += PAIRS_OF<HALF>) {
+            VF some[2];
+            for (int m = 0; m < 2; m++) some[m] = repeat<HALF>(from + m * y_part), hold(some[m]);
+#pragma GCC unroll 4
+            for (int o = 0; o < OWNERS; o++) {
+                const float* wave = t.quarters + r[o].q * 2 * n + v * W;
+                VF f[PER];
                 if (KIND == RADIAL) {
-                    const VF both = cells * some;
-                    found[side][m] += f * both;
-                    if (BY_SEEDS) sloped[side][m] += g * both;
-                } else {
-                    found[side][m] += cells * some;
+                    const VI cell = loadi(t.quarter_class + v * W);
+                    f[0] = lookup(profile + o * t.classes, t.classes, cell);
+                    if (PER == 2) f[PER - 1] = lookup(slopes + o * t.classes, t.classes, cell);
+                }
+                for (int m = 0; m < 2; m++) {
+                    const VF both = load(wave + m * n) * some[m];
+                    for (int k = 0; k < PER; k++)
+                        found[o][m][k] = KIND == RADIAL ? found[o][m][k] + f[k] * both : found[o][m][k] + both;
                 }
             }
-        };
-        int64_t v = first;
-#pragma GCC unroll 4
-        for (; v + wide < vectors; v += 2 * wide) add(v, 0), add(v + wide, 1);
-        if (v < vectors) add(v, 0);
-        for (int m = 0; m < 2; m++) {
-            if (BY_X) {
-                float* to = of.d[m] + first * W;
-                store(to, load(to) + (found[0][m] + found[1][m]) * of.amp[m]);
-            }
-            if (BY_SEEDS) {
-                const VF x = columns_of<HALF>(of.x[m], first, wide);
-                acc[m] += (found[0][m] + found[1][m]) * x;
-                if (KIND == RADIAL) acc[2 + m] += (sloped[0][m] + sloped[1][m]) * x;
-            }
         }
+#pragma GCC unroll 4
+        for (int o = 0; o < OWNERS; o++)
+            for (int m = 0; m < 2; m++) {
+                VF of_seeds[PER] = {};
+                settle<HALF, PER, BY_X, BY_SEEDS>(of[o], m, first, wide, at * x_row, at * d_row, found[o][m], of_seeds);
+                if (BY_SEEDS)
+                    for (int k = 0; k < PER; k++) acc[o][2 * k + m] += of_seeds[k];
+            }
     }
 }
 
 // G of DEEP vectors of a quarter and a few records, from many rows of x and y, and its products with their matrices.
-template <int HALF, int OWNERS, int DEEP, int PER>
+template <int HALF, bool SQUARE, int OWNERS, int DEEP, int PER>
 inline void gather(const Tables& t, const Passing* of, const float* y, int64_t rows, int64_t x_row, int m, int64_t first,
                    int64_t v, VF (*acc)[2 * PER]) {
-    const int64_t n = t.quarter * LANES, wide = wide_of<HALF>(t);
+    const int64_t n = cells_of<HALF, SQUARE>(t), wide = wide_of<HALF>(t), y_part = n / half_of<HALF>(t);
     VF g[OWNERS][DEEP] = {};
-    const float* from = y + m * n + v * W;
-    for (int64_t b = 0; b < rows; b++, from += 2 * n) {
+    const float* from = y + m * y_part + v / wide * PAIRS_OF<HALF>;
+    for (int64_t b = 0; b < rows; b++) {
         VF x[OWNERS];
         for (int k = 0; k < OWNERS; k++) x[k] = columns_of<HALF>(of[k].x[m] + b * x_row, first, wide);
         for (int d = 0; d < DEEP; d++) {
-            const VF some = load(from + d * wide * W);
+            VF some = repeat<HALF>(from + 2 * b * y_part + d * PAIRS_OF<HALF>);
+            hold(some);
             for (int k = 0; k < OWNERS; k++) g[k][d] += some * x[k];
         }
     }
@@ -116,15 +137,15 @@ inline void gather(const Tables& t, const Passing* of, const float* y, int64_t r
 
 // What the seeds of some records have to say, from many rows: G is formed, a piece at a time, and read PER times, where
 // `pass` would read every row PER times.
-template <int HALF, int OWNERS, int PER>
+template <int HALF, bool SQUARE, int OWNERS, int PER>
 inline void weigh(const Tables& t, const Passing* of, const float* y, int64_t rows, int64_t x_row, VF (*acc)[2 * PER]) {
-    const int64_t vectors = t.quarter * LANES / W, wide = wide_of<HALF>(t);
+    const int64_t vectors = cells_of<HALF, SQUARE>(t) / W, wide = wide_of<HALF>(t);
     for (int m = 0; m < 2; m++)
         for (int64_t first = 0; first < wide; first++) {
             int64_t v = first;
             for (; v + (DEPTH - 1) * wide < vectors; v += DEPTH * wide)
-                gather<HALF, OWNERS, DEPTH, PER>(t, of, y, rows, x_row, m, first, v, acc);
-            for (; v < vectors; v += wide) gather<HALF, OWNERS, 1, PER>(t, of, y, rows, x_row, m, first, v, acc);
+                gather<HALF, SQUARE, OWNERS, DEPTH, PER>(t, of, y, rows, x_row, m, first, v, acc);
+            for (; v < vectors; v += wide) gather<HALF, SQUARE, OWNERS, 1, PER>(t, of, y, rows, x_row, m, first, v, acc);
         }
 }
 
@@ -140,19 +161,6 @@ inline void radial_quarters(const Tables& t, const Record& r, const float* profi
         const VF g = lookup(slopes, t.classes, at);
         store(out + 2 * n + k, g * c), store(out + 3 * n + k, g * s);
     }
-}
-
-// y of `rows` rows, every pair of rows of the block repeated over its columns.
-template <int HALF>
-inline void spread_pairs(const Tables& t, const float* y, int64_t rows, float* out) {
-    const int64_t n = t.quarter * LANES, half = half_of<HALF>(t);
-    for (int64_t b = 0; b < rows; b++)
-        for (int m = 0; m < 2; m++, out += n) {
-            const float* from = y + (2 * b + m) * t.pairs;
-            for (int64_t i = 0; i < t.pairs; i++)
-                for (int64_t j = 0; j < half; j++) out[i * half + j] = from[i];
-            std::fill(out + t.pairs * half, out + n, 0.0f);
-        }
 }
 
 // The derivatives of four records, from their sums: as `add_sums`, side by side; times the scale but for the value.
@@ -175,142 +183,165 @@ inline void conclude(const Record* r, const VF (*sums)[SUMS], float scale, Four*
     out[2] = scale * amp * q * (v * total[0] - u * total[1]);
 }
 
-template <int KIND, int HALF, bool BY_X, bool BY_SEEDS>
+// Rows for which nothing of a record is stored, and from which on the gradient by a block is formed.
+constexpr int64_t FEW = 2, MANY = 8;
+
+// Calls run(k) for k = 0 ... COUNT - 1, each a constant: what a loop indexes stays in memory.
+template <int COUNT, class F>
+inline __attribute__((always_inline)) void unrolled(const F& run) {
+    const auto each = [&]<int... K>(std::integer_sequence<int, K...>) __attribute__((always_inline)) {
+        (run(std::integral_constant<int, K>()), ...);
+    };
+    each(std::make_integer_sequence<int, COUNT>());
+}
+
+// COUNT records of one block row, NUMBER of them at once where there are that many: run(first, number).
+template <int COUNT, int NUMBER, class F>
+inline __attribute__((always_inline)) void in_groups(const F& run) {
+    constexpr int TOGETHER = COUNT < NUMBER ? 1 : NUMBER;
+    static_assert(COUNT % TOGETHER == 0);
+    unrolled<COUNT / TOGETHER>([&](auto k) __attribute__((always_inline)) {
+        run(std::integral_constant<int, k() * TOGETHER>(), std::integral_constant<int, TOGETHER>());
+    });
+}
+
+// COUNT records of one block row and some rows of y.
+template <int COUNT, int KIND, int HALF, bool SQUARE, bool BY_X, bool BY_SEEDS, int PER>
+inline void serve(const Tables& t, const Passing* of, const float* y, int64_t rows, int64_t x_row, int64_t d_row,
+                  VF (*sums)[2 * PER]) {
+    // Records whose rows are read together, and whether their seeds are served, too.
+    const auto passes = [&](auto shared, auto seeds_too) {
+        constexpr int MATRICES = seeds_too() ? PER : 1;
+        in_groups<COUNT, shared()>([&](auto o, auto number) __attribute__((always_inline)) {
+            int64_t b = 0;
+            const auto of_rows = [&](auto together) {
+                for (; b + together() <= rows; b += together())
+                    pass<HALF, SQUARE, number(), MATRICES, together(), BY_X, seeds_too()>(
+                        t, of + o(), y, b, x_row, d_row, reinterpret_cast<VF(*)[2 * MATRICES]>(sums + o()));
+            };
+            of_rows(std::integral_constant<int, BACK>());
+            of_rows(std::integral_constant<int, 1>());
+        });
+    };
+    if (!BY_SEEDS || PER == 1 || rows < MANY)
+        return passes(std::integral_constant<int, SHARED / PER>(), std::bool_constant<BY_SEEDS>());
+    if (BY_X) passes(std::integral_constant<int, SHARED>(), std::false_type());
+    in_groups<COUNT, OWNED>([&](auto o, auto number) __attribute__((always_inline)) {
+        weigh<HALF, SQUARE, number(), PER>(t, of + o(), y, rows, x_row, sums + o());
+    });
+}
+
+template <int KIND, int HALF, bool SQUARE, bool BY_X, bool BY_SEEDS>
 void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const float* y, int64_t batch, float* d_x,
                  float* const* out) {
-    thread_local Memory records_memory, profile_memory, slopes_memory, matrix_memory, y_memory, x_memory, d_memory,
-        sums_memory;
-    // Rows of x whose derivatives are added up before the seeds are read again, and rows of y at once: what they need
-    // fits the second and the first level of the cache.
-    constexpr int64_t ROWS = 128, SPREAD = 32;
-    // Rows for which nothing of a record is stored, and from which on the gradient by a block is formed.
-    constexpr int64_t FEW = 2, MANY = 8;
-    constexpr int PER = KIND == RADIAL && BY_SEEDS ? 2 : 1;
+    thread_local Memory records_memory, profile_memory, slopes_memory, matrix_memory, x_memory, d_memory;
+    // Rows whose derivatives are added up before the seeds are read again, and their part that is served at once: what a
+    // few columns of blocks need of them stays in the first level of the cache while block rows pass by.
+    constexpr int64_t ROWS = 128, SOME = 128, COLUMNS = 4;
+    // Records and their profiles that are computed before they are used: in the second level.
+    constexpr int64_t READY = 512;
+    constexpr int PER = KIND == RADIAL && BY_SEEDS ? 2 : 1, SUMS = 2 * PER;
     const Tables& t = *p.tables;
-    const int64_t n = t.quarter * LANES, per_block = p.records(), blocks = J1 - J0, count = blocks * per_block;
-    const int64_t classes = KIND == RADIAL ? t.classes : 0, half = half_of<HALF>(t);
+    const int64_t n = cells_of<HALF, SQUARE>(t), per_block = p.records(), blocks = J1 - J0, wide = blocks * per_block;
+    const int64_t tall = std::clamp<int64_t>(READY / wide, 1, p.block_rows), count = tall * wide;
+    const int64_t classes = KIND == RADIAL ? t.classes : 0, half = half_of<HALF>(t), y_row = 2 * (n / half);
     const int64_t d_part = std::max<int64_t>(half, W), x_row = 2 * half, d_row = 2 * d_part;
-    const int64_t x_stride = folded_stride(p);
-    const int64_t most = std::min(ROWS, batch);
-    Record* r = reinterpret_cast<Record*>(
+    const int64_t x_stride = folded_stride(p), most = std::min(ROWS, batch);
+    Record* ready = reinterpret_cast<Record*>(
         records_memory.get((count + AT_ONCE * p.parts()) * static_cast<int64_t>(sizeof(Record) / 4)));
     float* profile = profile_memory.get(count * classes + LANES);
     float* slopes = BY_SEEDS ? slopes_memory.get(count * classes + LANES) : nullptr;
-    float* matrices = KIND == RADIAL ? matrix_memory.get(count * 2 * PER * n) : nullptr;
-    float* spread_y = y_memory.get(std::min(SPREAD, most) * 2 * n);
     float* own_x = BY_SEEDS ? x_memory.get(blocks * most * x_row) : nullptr;
     float* d = BY_X ? d_memory.get(blocks * most * d_row) : nullptr;
-    constexpr int SUMS = 2 * PER;
-    VF(*sums)[SUMS] = reinterpret_cast<VF(*)[SUMS]>(sums_memory.get((count + 3) * SUMS * W));
+    float* matrices = KIND == RADIAL ? matrix_memory.get(4 * 2 * PER * n) : nullptr;
+
+    // COUNT records from k on of block columns J ... in block row I0 + i; rows [first + some, first + some + rows).
+    const auto of_records = [&](auto count, auto few, int64_t I0, int64_t i, int64_t J, int64_t k, int64_t first,
+                                int64_t some, int64_t rows, int64_t stored) __attribute__((always_inline)) {
+        constexpr int COUNT = count();
+        const int64_t at = i * wide + J * per_block + k;
+        const Record* r = ready + at;
+        const float *f_of = profile + at * classes, *g_of = BY_SEEDS ? slopes + at * classes : f_of;
+        Passing of[COUNT];
+#pragma GCC unroll 4
+        for (int o = 0; o < COUNT; o++) {
+            const int64_t column = per_block == 1 ? J + k + o : J + (k + o) / per_block, odd = r[o].q & 1;
+            float* matrix = matrices + (KIND == RADIAL ? o * 2 * PER * n : 0);
+            if (KIND == RADIAL && !few())
+                radial_quarters(t, r[o], f_of + o * classes, PER == 2 ? g_of + o * classes : nullptr, matrix);
+            for (int m = 0; m < 2; m++) {
+                const int64_t side = m ? 1 - odd : odd;
+                for (int e = 0; e < PER; e++)
+                    of[o].matrix[m][e] = KIND == RADIAL ? matrix + (2 * e + m) * n : t.quarters + (r[o].q * 2 + m) * n;
+                of[o].x[m] = BY_SEEDS ? own_x + (column * stored + some) * x_row + side * half : nullptr;
+                of[o].d[m] = BY_X ? d + (column * stored + some) * d_row + side * d_part : nullptr;
+                of[o].amp[m] = r[o].amp * (m ? r[o].v : r[o].u);
+            }
+        }
+        VF sums[4][SUMS] = {};
+        const float* of_y = y + ((I0 + i) * batch + first + some) * y_row;
+        if (few()) {
+            in_groups<COUNT, KIND == RADIAL ? 2 : SHARED>([&](auto o, auto number) __attribute__((always_inline)) {
+                for (int64_t b = 0; b < rows; b++)
+                    pass_row<KIND, HALF, SQUARE, number(), PER, BY_X, BY_SEEDS>(
+                        t, r + o(), f_of + o() * classes, g_of + o() * classes, of + o(), of_y, b, x_row, d_row, sums + o());
+            });
+        } else {
+            serve<COUNT, KIND, HALF, SQUARE, BY_X, BY_SEEDS, PER>(t, of, of_y, rows, x_row, d_row, sums);
+        }
+        if (!BY_SEEDS) return;
+        Four found[3];
+        conclude<KIND, SUMS>(r, sums, *p.scale, found);
+        const int64_t before = ((I0 + i) * p.block_cols + J0 + J) * p.stages + k;
+        for (int m = 0; m < 3; m++) {
+            float* to = out[m] + before;
+            if (COUNT == 4) {
+                const Four all = first + some ? found[m] + four(to) : found[m];
+                std::memcpy(to, &all, sizeof all);
+            } else {
+                *to = first + some ? found[m][0] + *to : found[m][0];
+            }
+        }
+    };
+    const auto of_rows = [&](auto few, int64_t I0, int64_t here, int64_t first, int64_t some, int64_t rows,
+                             int64_t stored) {
+        for (int64_t J = 0; J < blocks; J += COLUMNS) {
+            const int64_t served = std::min(COLUMNS, blocks - J) * per_block;
+            for (int64_t i = 0; i < here; i++) {
+                int64_t k = 0;
+                for (; k + 4 <= served; k += 4)
+                    of_records(std::integral_constant<int, 4>(), few, I0, i, J, k, first, some, rows, stored);
+                for (; k < served; k++)
+                    of_records(std::integral_constant<int, 1>(), few, I0, i, J, k, first, some, rows, stored);
+            }
+        }
+    };
+
     for (int64_t first = 0; first < batch; first += ROWS) {
-        const int64_t rows = std::min(ROWS, batch - first);
-        const bool few = rows <= FEW;
-        if (BY_X) std::fill_n(d, blocks * rows * d_row, 0.0f);
+        const int64_t stored = std::min(ROWS, batch - first);
+        if (BY_X) std::fill_n(d, blocks * stored * d_row, 0.0f);
         if (BY_SEEDS)
             for (int64_t J = 0; J < blocks; J++)
-                for (int64_t b = 0; b < rows; b++)
-                    std::copy_n(x + (first + b) * x_stride + (J0 + J) * x_row, x_row, own_x + (J * rows + b) * x_row);
-        for (int64_t I = 0; I < p.block_rows; I++) {
-            records(p, I * p.block_cols + J0, blocks, r);
-            if (KIND == RADIAL) {
-                profiles(t, r, count, profile, slopes);
-                for (int64_t k = 0; k < (few ? 0 : count); k++)
-                    radial_quarters(t, r[k], profile + k * classes, BY_SEEDS ? slopes + k * classes : nullptr,
-                                    matrices + k * 2 * PER * n);
+                for (int64_t b = 0; b < stored; b++)
+                    std::copy_n(x + (first + b) * x_stride + (J0 + J) * x_row, x_row, own_x + (J * stored + b) * x_row);
+        for (int64_t I0 = 0; I0 < p.block_rows; I0 += tall) {
+            const int64_t here = std::min(tall, p.block_rows - I0);
+            for (int64_t i = 0; i < here; i++) {
+                if (I0 + tall + i < p.block_rows) ahead(p, (I0 + tall + i) * p.block_cols + J0, blocks);
+                records(p, (I0 + i) * p.block_cols + J0, blocks, ready + i * wide);
             }
-            if (BY_SEEDS) std::fill_n(&sums[0][0], (count + 3) * SUMS, VF{});
-            for (int64_t some = 0; some < rows; some += SPREAD) {
-                const int64_t here = std::min(SPREAD, rows - some);
-                spread_pairs<HALF>(t, y + (I * batch + first + some) * 2 * t.pairs, here, spread_y);
-                // What `number` records from k on need, at the first row.
-                const auto passing = [&](int64_t k, int number, Passing* of) {
-                    for (int o = 0; o < number; o++) {
-                        const Record& at = r[k + o];
-                        // A division takes as long as a block of one row.
-                        const int64_t J = per_block == 1 ? k + o : (k + o) / per_block, odd = at.q & 1;
-                        for (int m = 0; m < 2; m++) {
-                            const int64_t side = m ? 1 - odd : odd;
-                            for (int e = 0; e < PER; e++)
-                                of[o].matrix[m][e] = KIND == RADIAL ? matrices + ((k + o) * 2 * PER + 2 * e + m) * n
-                                                                    : t.quarters + (at.q * 2 + m) * n;
-                            of[o].x[m] = BY_SEEDS ? own_x + (J * rows + some) * x_row + side * half : nullptr;
-                            of[o].d[m] = BY_X ? d + (J * rows + some) * d_row + side * d_part : nullptr;
-                            of[o].amp[m] = at.amp * (m ? at.v : at.u);
-                        }
-                    }
-                };
-                const auto next = [&](Passing* of, int number, int64_t by) {
-                    for (int o = 0; o < number; o++)
-                        for (int m = 0; m < 2; m++) {
-                            if (BY_SEEDS) of[o].x[m] += by * x_row;
-                            if (BY_X) of[o].d[m] += by * d_row;
-                        }
-                };
-                if (few) {
-                    for (int64_t k = 0; k < count; k++) {
-                        Passing of;
-                        passing(k, 1, &of);
-                        for (int64_t b = 0; b < here; b++, next(&of, 1, 1))
-                            pass_row<KIND, HALF, BY_X, BY_SEEDS>(t, r[k], profile + k * classes,
-                                                                 BY_SEEDS ? slopes + k * classes : nullptr, of,
-                                                                 spread_y + b * 2 * n, sums[k]);
-                    }
-                    continue;
-                }
-                // Records whose rows are read together, and whether their seeds are served, too.
-                const auto passes = [&](auto number, auto seeds_too) {
-                    constexpr int OWNERS = number(), MATRICES = seeds_too() ? PER : 1;
-                    const auto of_records = [&](int64_t k, auto together) {
-                        Passing of[together()];
-                        passing(k, together(), of);
-                        int64_t b = 0;
-                        const auto of_rows = [&](auto at_once) {
-                            for (; b + at_once() <= here; b += at_once(), next(of, together(), at_once()))
-                                pass<HALF, together(), MATRICES, at_once(), BY_X, seeds_too()>(
-                                    t, of, spread_y + b * 2 * n, x_row, d_row,
-                                    reinterpret_cast<VF(*)[2 * MATRICES]>(sums + k));
-                        };
-                        of_rows(std::integral_constant<int, BACK>());
-                        of_rows(std::integral_constant<int, 1>());
-                    };
-                    int64_t k = 0;
-                    for (; k + OWNERS <= count; k += OWNERS) of_records(k, number);
-                    for (; k < count; k++) of_records(k, std::integral_constant<int, 1>());
-                };
-                if (!BY_SEEDS || PER == 1 || here < MANY) {
-                    passes(std::integral_constant<int, 2 / PER>(), std::bool_constant<BY_SEEDS>());
-                    continue;
-                }
-                if (BY_X) passes(std::integral_constant<int, 2>(), std::false_type());
-                int64_t k = 0;
-                Passing of[OWNED];
-                for (; k + OWNED <= count; k += OWNED) {
-                    passing(k, OWNED, of);
-                    weigh<HALF, OWNED, PER>(t, of, spread_y, here, x_row, sums + k);
-                }
-                for (; k < count; k++) {
-                    passing(k, 1, of);
-                    weigh<HALF, 1, PER>(t, of, spread_y, here, x_row, sums + k);
-                }
-            }
-            if (!BY_SEEDS) continue;
-            const int64_t before = (I * p.block_cols + J0) * p.stages;
-            for (int64_t k = 0; k < count; k += 4) {
-                const int many = static_cast<int>(std::min<int64_t>(4, count - k));
-                Four found[3];
-                conclude<KIND, SUMS>(r + k, sums + k, *p.scale, found);
-                for (int m = 0; m < 3; m++)
-                    for (int o = 0; o < many; o++) {
-                        float& at = out[m][before + k + o];
-                        at = first ? at + found[m][o] : found[m][o];
-                    }
+            if (KIND == RADIAL) profiles(t, ready, here * wide, profile, slopes);
+            for (int64_t some = 0; some < stored; some += SOME) {
+                const int64_t rows = std::min(SOME, stored - some);
+                if (batch <= FEW) of_rows(std::true_type(), I0, here, first, some, rows, stored);
+                else of_rows(std::false_type(), I0, here, first, some, rows, stored);
             }
         }
         if (!BY_X) continue;
         for (int64_t J = 0; J < blocks; J++)
-            for (int64_t b = 0; b < rows; b++)
+            for (int64_t b = 0; b < stored; b++)
                 for (int m = 0; m < 2; m++) {
-                    const float* from = d + (J * rows + b) * d_row + m * d_part;
+                    const float* from = d + (J * stored + b) * d_row + m * d_part;
                     float* to = d_x + (first + b) * x_stride + (J0 + J) * x_row + m * half;
                     for (int64_t j = 0; j < half; j++) {
                         float total = 0;
@@ -325,8 +356,14 @@ void backward(const Packed& p, int64_t J0, int64_t J1, const float* x, const flo
               float* const* out) {
     choose_half(p, [&](auto kind, auto half) {
         constexpr int KIND = kind(), HALF = half();
-        if (d_x && out) backward_of<KIND, HALF, true, true>(p, J0, J1, x, y, batch, d_x, out);
-        else if (d_x) backward_of<KIND, HALF, true, false>(p, J0, J1, x, y, batch, d_x, out);
-        else backward_of<KIND, HALF, false, true>(p, J0, J1, x, y, batch, d_x, out);
+        const auto run = [&](auto square) {
+            constexpr bool SQUARE = square();
+            if (d_x && out) backward_of<KIND, HALF, SQUARE, true, true>(p, J0, J1, x, y, batch, d_x, out);
+            else if (d_x) backward_of<KIND, HALF, SQUARE, true, false>(p, J0, J1, x, y, batch, d_x, out);
+            else backward_of<KIND, HALF, SQUARE, false, true>(p, J0, J1, x, y, batch, d_x, out);
+        };
+        // Larger quarters have too many vectors to be unrolled, smaller ones are rare.
+        if (HALF == 8 && p.tables->pairs == HALF) run(std::integral_constant<bool, HALF == 8>());
+        else run(std::false_type());
     });
 }

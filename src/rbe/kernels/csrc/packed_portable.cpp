@@ -32,6 +32,14 @@ inline VF spread(const float* from) {
     return out;
 }
 
+// W / HALF floats, HALF times each; one where HALF is no less than W.
+template <int HALF>
+inline VF repeat(const float* from) {
+    VF out;
+    for (int k = 0; k < 4; k++) out[k] = from[k / HALF];
+    return out;
+}
+
 inline Four fold(VF v) { return v; }
 
 inline void hold(VF&) {}
@@ -40,8 +48,8 @@ inline VF reciprocal(VF x) { return 1.0f / x; }
 
 // What the registers hold: vectors of one row of x, vectors and rows of a product of many, rows of y.
 constexpr int VECTORS = 4, TOGETHER = 2, BATCH = 2, BACK = 4;
-// Of the gradients of blocks: records and vectors at once.
-constexpr int OWNED = 2, DEPTH = 4;
+// Of backward passes: records whose rows of y are read together; of gradients of blocks: records and vectors at once.
+constexpr int SHARED = 2, OWNED = 2, DEPTH = 4;
 
 #include "packed_tier.h"
 #include "packed_product.h"

@@ -264,3 +264,12 @@ void records(const Packed& p, int64_t first, int64_t count, Record* out) {
         if (p.d_radius) along(p, at, n, out);
     }
 }
+
+// Asks for seeds that will be needed: a few columns of a block row are too short a piece for the processor to foresee.
+inline void ahead(const Packed& p, int64_t first, int64_t count) {
+    const int64_t begin = first * p.stages, end = begin + count * p.stages;
+    const int64_t words = p.radius ? 1 : p.words;
+    for (int64_t k = begin * words; k < end * words; k += 8) __builtin_prefetch(p.seeds + k);
+    if (!p.radius) return;
+    for (int64_t k = begin; k < end; k += 16) __builtin_prefetch(p.radius + k), __builtin_prefetch(p.angle + k);
+}
