@@ -345,7 +345,9 @@ class Seeded(nn.Module):
             return kernels.prepare(self.spec, seeds, scale, row_scale)
         prepared = owner._prepared
         if prepared is None or not prepared.fits(seeds, scale, row_scale):
-            prepared = owner._prepared = kernels.prepare(self.spec, seeds, scale, row_scale)
+            prepared = kernels.prepare(self.spec, seeds, scale, row_scale)
+            if kernels.lasting():
+                owner._prepared = prepared
         return prepared
 
     def __getattr__(self, name: str) -> Any:
