@@ -223,6 +223,8 @@ def levenberg_marquardt(problem: Problem, radius: Tensor, angle: Tensor, stop: S
         step = torch.linalg.solve(matrix + torch.diag_embed(extra), pull[..., None])[..., 0]
         d_s, d_angle = step.chunk(2, 1)
         there, turned = through_origin(here + d_s, turn + d_angle)
+        # Where weights hardly feel the angle steps are huge; whole turns, which change none, would cost it its digits.
+        turned = turned.fmod(2 * torch.pi)
         there = rim.inside(there)
         value = now.loss(rim.radius(there), turned)
         better = (value < loss[live]) & _allowed(now, rim.radius(there), stop)
