@@ -12,6 +12,7 @@ Source: 001 section 8.7.1; reading 46 of the sources: a seed of a whole matrix c
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -22,6 +23,7 @@ from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.search.blocks import Blocks, cut
 from rbe.search.disk import fit
+from rbe.search.linear_map import product
 from rbe.search.viterbi import _source
 
 # Weights generated at a time.
@@ -158,25 +160,34 @@ class QuadTree:
         return out[: self.spec.shape[0], : self.spec.shape[1]].clone()
 
     def matmul(self, x: Tensor) -> Tensor:
-        """The product with x (..., columns): (..., rows) in x's dtype; some blocks are generated at a time.
+        """The product with x (..., columns): (..., rows) in x's dtype, differentiable in x.
+
+        Some blocks are generated at a time.
 
         Raises:
             RbeError: x has the wrong width or dtype.
         """
-        rows, columns = self.spec.shape
+        columns = self.spec.shape[1]
         if x.ndim < 1 or x.shape[-1] != columns or not x.is_floating_point():
             raise RbeError(f"quad-tree: x is {x.dtype} {tuple(x.shape)}; it must be (..., {columns})")
-        flat = torch.zeros(x.numel() // columns, self._outer[1])
-        flat[:, :columns] = x.detach().reshape(-1, columns)
-        y = torch.zeros(len(flat), self._outer[0])
+        return product(x, self._times, partial(self._times, transposed=True))
+
+    def _times(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """x W^T, or x W where transposed, in x's dtype."""
+        ends, outer = (self.spec.shape, self._outer) if transposed else (self.spec.shape[::-1], self._outer[::-1])
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        flat = torch.zeros(x.shape[:-1].numel(), outer[0], dtype=dtype)
+        flat[:, : ends[0]] = x.reshape(-1, ends[0])
+        y = torch.zeros(len(flat), outer[1], dtype=dtype)
         for spec, place, level in self._leaves():
-            from_ = flat.reshape(len(flat), -1, level.edge)
-            to = y.view(len(flat), -1, level.edge)
+            from_, to = (part.view(len(flat), -1, level.edge) for part in (flat, y))
             row, column = place // spec.grid[1], place % spec.grid[1]
+            reads, writes = (row, column) if transposed else (column, row)
             for part in _parts(len(place), level.edge * max(1, len(flat) // level.edge)):
-                weights = _generate(level, part, spec).float()
-                to.index_add_(1, row[part], torch.einsum("bij,nbj->nbi", weights, from_[:, column[part]]))
-        return y[:, :rows].to(x.dtype).reshape(*x.shape[:-1], rows)
+                weights = _generate(level, part, spec).to(dtype)
+                weights = weights if transposed else weights.mT
+                to.index_add_(1, writes[part], torch.einsum("bij,nbi->nbj", weights, from_[:, reads[part]]))
+        return y[:, : ends[1]].to(x.dtype).reshape(*x.shape[:-1], ends[1])
 
     @property
     def _outer(self) -> tuple[int, int]:

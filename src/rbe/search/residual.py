@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from rbe.errors import RbeError
 from rbe.matrix import SeedMatrix
+from rbe.search.linear_map import product
 
 # The index of a coefficient is int32.
 _MOST_CELLS = 1 << 31
@@ -117,6 +118,13 @@ class Side:
             parts = [part.numpy() for part in torch.split(c, sizes, -1)]
             c = torch.from_numpy(_pywt().waverec(parts, self.basis, mode="periodization", axis=-1))
         return c[..., : self.size]
+
+
+def _through(x: Tensor, first: Side, coefficients: Callable[[torch.dtype], Tensor], last: Side) -> Tensor:
+    """T_last^T C T_first x over the last side, in x's dtype."""
+    flat = x.reshape(-1, first.size).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    turned = torch.sparse.mm(coefficients(flat.dtype), first.forward(flat).T).T
+    return last.back(turned.contiguous()).to(x.dtype).reshape(*x.shape[:-1], last.size)
 
 
 def _side(basis: str, size: int) -> Side:
@@ -225,17 +233,22 @@ class SparseResidual:
         return in_.back(table.contiguous())
 
     def matmul(self, x: Tensor) -> Tensor:
-        """The product with x (..., columns): (..., rows) in x's dtype; no dense matrix is made.
+        """The product with x (..., columns): (..., rows) in x's dtype, differentiable in x; no dense matrix is made.
 
         Raises:
             RbeError: x has the wrong width.
         """
         if x.ndim < 1 or x.shape[-1] != self.shape[1] or not x.is_floating_point():
             raise RbeError(f"residual: x is {x.dtype} {tuple(x.shape)}; it must be (..., {self.shape[1]})")
+        return product(x, self._times, self._times_transposed)
+
+    def _times(self, x: Tensor) -> Tensor:
         out, in_ = self._sides
-        flat = x.detach().reshape(-1, self.shape[1]).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        turned = torch.sparse.mm(self._coefficients(flat.dtype), in_.forward(flat).T).T
-        return out.back(turned.contiguous()).to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
+        return _through(x, in_, self._coefficients, out)
+
+    def _times_transposed(self, y: Tensor) -> Tensor:
+        out, in_ = self._sides
+        return _through(y, out, lambda dtype: self._coefficients(dtype).t(), in_)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
@@ -310,5 +323,5 @@ class Corrected:
         return self.matrix.decode() + self.residual.decode()
 
     def matmul(self, x: Tensor) -> Tensor:
-        """The product with x (..., columns): (..., rows) in x's dtype."""
+        """The product with x (..., columns): (..., rows) in x's dtype, differentiable in x."""
         return self.matrix.matmul(x) + self.residual.matmul(x)
