@@ -151,6 +151,21 @@ def test_folding_gives_one_layer_that_does_both(kind: str, frozen: bool) -> None
     assert close(rbe.nn.fold(layer, torchs)(x), folded(x))  # type: ignore[type-var]
 
 
+def test_factors_are_rounded_as_float16_says() -> None:
+    """To 2^-11 of themselves, or to half of float16's least step, where they are tiny beside the largest."""
+    layer, norm = rbe.nn.Linear(6, 60, format="packed128", block=4), rbe.nn.BatchNorm1d(60).eval()
+    factors = 1.3 * 2.0 ** -torch.arange(60.0).div(2)
+    with torch.no_grad():
+        norm.weight.copy_(factors)
+    assert norm.running_var is not None
+    factors = (norm.weight * (norm.running_var + norm.eps).rsqrt()).detach()
+    folded = rbe.nn.fold(layer, norm)
+    assert folded.row_scale is not None
+    made = folded.row_scale.double() * (folded.scale / layer.scale).detach().double()
+    bound = torch.maximum(2.0**-11 * factors, 2.0**-25 * factors.max()) * (1 + 1e-5)
+    assert bool(((made - factors).abs() <= bound).all())
+
+
 def test_outliers_are_folded_too() -> None:
     torch.manual_seed(0)
     matrix = rbe.nn.Linear(6, 5, format="packed128", block=4).freeze().matrix

@@ -285,8 +285,9 @@ def fold(layer: Layer, norm: BatchNorm | nn.BatchNorm1d | nn.BatchNorm2d) -> Lay
     True
 
     The norm multiplies every output by a factor of its own: it goes into the float16 `row_scale`, so that the seeds
-    stay as they are, with a relative error of at most 2^-11; the largest factor goes into `scale`. The rest is a
-    dense bias.
+    stay as they are; the largest factor goes into `scale`. A factor of at least 2^-14 of the largest is rounded by at
+    most 2^-11 of itself, a smaller one by up to 2^-25 of the largest: below that an output keeps only its offset. The
+    rest is a dense bias.
 
     Raises:
         RbeError: the norm has no running statistics or other channels, or the layer's output side is rotated.
