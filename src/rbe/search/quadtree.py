@@ -106,6 +106,8 @@ class QuadTree:
     ) -> Self:
         """Split blocks until every cell is within its threshold, or the block is of the smallest edge.
 
+        `over` says which blocks of the smallest edge are not within it.
+
         Args:
             W: (rows, columns), rows being outputs as in torch; any real floating dtype, finite.
             epsilon: error allowed to a small weight, in the units of W.
@@ -116,15 +118,12 @@ class QuadTree:
         Raises:
             RbeError: the matrix or an option is not offered.
         """
-        if not (math.isfinite(epsilon) and epsilon >= 0 and math.isfinite(alpha) and alpha >= 0):
-            raise RbeError(f"quad-tree: epsilon {epsilon} and alpha {alpha} must be finite and not negative")
+        _check_threshold(epsilon, alpha)
         depth = int(math.log2(largest // smallest)) if 1 <= smallest <= largest else -1
         if depth < 0 or smallest << depth != largest:
             raise RbeError(f"quad-tree: edges {largest} to {smallest} do not halve into each other; give 64 and 4, say")
         x, exponent = _source(W)
-        threshold = math.ldexp(epsilon, -exponent) * (
-            1.0 + alpha * x.double().abs() / max(float(x.abs().max()), 1e-300)
-        )
+        threshold = _thresholds(x, exponent, epsilon, alpha)
         spec = formats.make_spec(format, (x.shape[0], x.shape[1]), block=largest, mode=mode, stages=stages)
         levels, place = [], torch.arange(spec.blocks)
         for k in range(depth + 1):
@@ -137,6 +136,33 @@ class QuadTree:
             levels.append(Level(largest >> k, split[:0] if last else split, seeds[~split], stored))
             place = _children(place[split], here)
         return cls(spec, tuple(levels))
+
+    def over(self, W: Tensor, epsilon: float, alpha: float = 0.0) -> Tensor:
+        """Which blocks of the smallest edge have a cell above its threshold, since nothing smaller could be split.
+
+        >>> W = torch.zeros(64, 64)
+        >>> W[:4, 32:36] = torch.eye(4)
+        >>> QuadTree.fit(W, epsilon=0.1, largest=32, smallest=4).over(W, epsilon=0.1).tolist()
+        [[0, 32]]
+
+        Args:
+            W, epsilon, alpha: as given to `fit`; every larger block is within its thresholds.
+
+        Returns:
+            int64 (blocks, 2): row and column of the first cell of each, in row-major order.
+
+        Raises:
+            RbeError: the matrix is not of the tree's shape, or a threshold is not offered.
+        """
+        _check_threshold(epsilon, alpha)
+        x, exponent = _source(W)
+        if tuple(x.shape) != self.spec.shape:
+            raise RbeError(f"quad-tree: the matrix is {tuple(x.shape)}, but the tree is of one {self.spec.shape}")
+        *_, (spec, place, level) = self._leaves()
+        limits = cut(_thresholds(x, exponent, epsilon, alpha), spec).values[place]
+        bad = _exceeds(cut(x, spec).part(place), limits, level.seeds, math.ldexp(level.scale.item(), -exponent))
+        found = place[bad].sort().values
+        return level.edge * torch.stack([found // spec.grid[1], found % spec.grid[1]], 1)
 
     @property
     def nbytes(self) -> int:
@@ -238,6 +264,17 @@ class QuadTree:
         if len(seeds) or flags.any():
             raise RbeError(f"quad-tree: {len(seeds)} seeds more than the tree has leaves; the source is damaged")
         return cls(spec, tuple(levels))
+
+
+def _check_threshold(epsilon: float, alpha: float) -> None:
+    if not (math.isfinite(epsilon) and epsilon >= 0 and math.isfinite(alpha) and alpha >= 0):
+        raise RbeError(f"quad-tree: epsilon {epsilon} and alpha {alpha} must be finite and not negative")
+
+
+def _thresholds(x: Tensor, exponent: int, epsilon: float, alpha: float) -> Tensor:
+    """The error allowed to every cell of W = x 2^exponent, in the units of x."""
+    most = max(float(x.abs().max()), 1e-300)
+    return math.ldexp(epsilon, -exponent) * (1.0 + alpha * x.double().abs() / most)
 
 
 def _at_edge(spec: SeedSpec, edge: int) -> SeedSpec:
