@@ -33,8 +33,8 @@ class Spectrum:
     Attributes:
         values: descending, float64, as many as the matrix has rows or columns, whichever are fewer.
         error: what may be wrong with them, as a share of their norm: |values - true| <= error |true|. 0 where they are
-            exact; otherwise estimated, from two independent halves of the estimate and from one with half the steps;
-            in tests it is 2 to 4 times what is wrong.
+            exact; otherwise estimated, from halves of the estimate, from one with half the steps, and from one that
+            takes the values to stand in clusters.
         noise: share of the largest value below which a value may be made of rounding.
     """
 
@@ -330,25 +330,40 @@ def _estimate(a: Tensor, seed: int) -> tuple[Tensor, float]:
         start = start - right @ (right.T @ start)
         probes.append(_bidiagonal(forward, backward, start, _STEPS))
     rest = max(0.0, a.square().sum().item() - leading.square().sum().item())
-    whole, one, other, coarse = (
-        torch.cat((leading, _quantiles([_ritz(*p, steps)[:2] for p in some], columns - known, rest)))
-        .sort(descending=True)
-        .values
-        for some, steps in ((probes, _STEPS), (probes[::2], _STEPS), (probes[1::2], _STEPS), (probes, _STEPS // 2))
-    )
+    fine, rough = ([_ritz(*p, steps)[:2] for p in probes] for steps in (_STEPS, _STEPS // 2))
+
+    def joined(some: list[tuple[Tensor, Tensor]], steps: bool = False) -> Tensor:
+        return torch.cat((leading, _quantiles(some, columns - known, rest, steps))).sort(descending=True).values
+
+    # Halves of the probes that share one half of every other pair: 7 differences that know nothing of each other.
+    halves = [
+        joined([p for i, p in enumerate(fine) if (i & k).bit_count() % 2 == 0])
+        - joined([p for i, p in enumerate(fine) if (i & k).bit_count() % 2])
+        for k in range(1, _PROBES)
+    ]
+    whole = joined(fine)
     size = whole.norm().item()
-    wrong = (one - other).norm().item() + (whole - coarse).norm().item()
+    # A miscounted cluster is wrong by the root of the count, for which halves are no more than the root of 2 as wrong.
+    wrong = 1.5 * torch.stack(halves).square().sum(1).mean().sqrt().item()
+    wrong += (whole - joined(rough)).norm().item() + (whole - joined(fine, steps=True)).norm().item()
     # The energy of the rest is a difference, which is known to the root of the rounding.
     return whole, wrong / size + 1e-7 if size > 0 else 0.0
 
 
-def _quantiles(probes: list[tuple[Tensor, Tensor]], count: int, power: float) -> Tensor:
-    """`count` values with the distribution that the probes saw, scaled to the sum of squares they must have."""
+def _quantiles(probes: list[tuple[Tensor, Tensor]], count: int, power: float, steps: bool) -> Tensor:
+    """`count` values with the distribution that the probes saw, scaled to the sum of squares they must have.
+
+    Between what was seen there is a line, or, with `steps`, nothing: right for values in clusters, which a line smears.
+    """
     values = torch.cat([v for v, _ in probes])
     shares = torch.cat([s for _, s in probes]) * (count / len(probes))
     order = values.argsort(descending=True)
     values, shares = values[order], shares[order]
-    at = shares.cumsum(0) - shares / 2
-    found = torch.from_numpy(np.interp(np.arange(count) + 0.5, at.numpy(), values.numpy()))
+    place = torch.arange(count, dtype=torch.float64) + 0.5
+    ends = shares.cumsum(0)
+    if steps:
+        found = values[torch.searchsorted(ends, place).clamp_max(len(values) - 1)]
+    else:
+        found = torch.from_numpy(np.interp(place.numpy(), (ends - shares / 2).numpy(), values.numpy()))
     have = found.square().sum().item()
     return found * math.sqrt(power / have) if have > 0 else found
