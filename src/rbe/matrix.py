@@ -108,7 +108,11 @@ class SeedMatrix:
             precision=precision,
             stages=stages,
         )
-        return cls(spec, seeds, torch.as_tensor(scale, dtype=torch.float32).reshape(()), row_scale)
+        try:
+            factor = torch.as_tensor(scale, dtype=torch.float32).reshape(())
+        except (TypeError, ValueError, RuntimeError) as cause:
+            raise RbeError(f"from_seeds: scale {scale!r} is not one number: {cause}") from cause
+        return cls(spec, seeds, factor, row_scale)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], spec: SeedSpec) -> Self:

@@ -1,6 +1,7 @@
 """Norms: equal to torch's given the same gain and shift, dense or from seeds; the printed forms; folding."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -200,3 +201,19 @@ def test_wrong_choices_are_refused() -> None:
         rbe.nn.fold(rbe.nn.Linear(4, 7, rotation=(1, 2)), rbe.nn.BatchNorm1d(7))
     with pytest.raises(RbeError, match="no running statistics"):
         rbe.nn.fold(rbe.nn.Linear(4, 7), rbe.nn.BatchNorm1d(7, track_running_stats=False))
+
+
+@pytest.mark.parametrize("parameters", ["dense", "seed"])
+@pytest.mark.parametrize("format", [{}, {"format": "packed128"}])
+def test_options_that_fit_no_matrix_are_refused(parameters: str, format: dict[str, str]) -> None:
+    for wrong in ({"block": 0}, {"block": "x"}, {"bits": "x"}, {"rotation": (1,)}, {"stages": 0}):
+        with pytest.raises(RbeError, match=next(iter(wrong))):
+            rbe.nn.LayerNorm(8, parameters=parameters, **format, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(RbeError, match="packed128: 3 bits"):
+        rbe.nn.LayerNorm(8, parameters=parameters, format="packed128", bits=3.0)
+
+
+@pytest.mark.parametrize("make", [rbe.nn.GRU, rbe.nn.MultiheadAttention, rbe.nn.FeedForward, rbe.nn.SeededEncoding])
+def test_a_layer_of_several_matrices_names_an_unknown_option(make: Any) -> None:
+    with pytest.raises(RbeError, match="formt is no option"):
+        make(16, 2, formt="packed128")

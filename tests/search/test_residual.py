@@ -146,3 +146,9 @@ def test_products_have_the_derivatives_of_the_dense_matrix(kind: str) -> None:
     assert torch.allclose(func.jacrev(part.matmul)(v[0]), W, atol=1e-5)
     assert torch.allclose(func.jvp(part.matmul, (v,), (v,))[1], v @ W.T, atol=1e-4)
     assert torch.allclose(func.vmap(part.matmul)(v), v @ W.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("keep", [1.5, "3", None, True])
+def test_a_number_of_coefficients_is_whole(keep: Any) -> None:
+    with pytest.raises(RbeError, match="keep is"):
+        SparseResidual.fit(gaussian(8, 8), keep)

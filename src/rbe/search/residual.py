@@ -196,8 +196,8 @@ class SparseResidual:
         """
         if W.ndim != 2 or W.numel() == 0 or not bool(W.isfinite().all()):
             raise RbeError(f"residual: the matrix {tuple(W.shape)} must be 2-D, not empty, and finite")
-        if keep < 0:
-            raise RbeError(f"residual: keep is {keep}; give the number of coefficients, 0 or more")
+        if type(keep) is not int or keep < 0:
+            raise RbeError(f"residual: keep is {keep!r}; give the number of coefficients, a whole one, 0 or more")
         out, in_ = _side(basis, W.shape[0]), _side(basis, W.shape[1])
         if out.padded * in_.padded >= _MOST_CELLS:
             raise RbeError(f"residual: {tuple(W.shape)} has too many coefficients for 32-bit positions; split it")
