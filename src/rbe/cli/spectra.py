@@ -165,9 +165,9 @@ def tables(found: dict[str, Kept], source: str) -> list[Table]:
                 )
                 for one in every
             ],
-            "MSE, MAE: mean squared and mean absolute error of a weight; relative error: the error over the weights, as "
-            "norms; captured: energy kept; floor: of the squared relative error, at the stored rate; eta: "
-            "efficiency",
+            "MSE, MAE: mean squared and mean absolute error of a weight; relative error: norm of the error over that "
+            "of the weights; captured: energy kept; floor: of the squared relative error, at the stored rate; eta: "
+            "rate that the error needs at least, of the rate that is stored",
         )
     ]
     compared = [(one.name, one.peers) for one in every if one.peers is not None]
