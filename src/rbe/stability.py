@@ -65,7 +65,7 @@ def stability(matrix: SeedMatrix) -> Stability | None:
         if moves[worst].item() > most[0]:
             most = (moves[worst].item(), both[worst].clone())
         # Stages add up, cell by cell.
-        slope = both.abs().unflatten(0, (-1, spec.stages)).sum(1).amax((0, 1))
+        slope = both.abs().reshape(-1, spec.stages, *both.shape[1:]).sum(1).amax((0, 1))
         slopes = [max(a, b) for a, b in zip(slopes, slope.tolist(), strict=True)]
         size = max(size, definition.values(*part, spec).abs().max().item())
     factor = abs(matrix.scale.item()) * (1.0 if matrix.row_scale is None else matrix.row_scale.abs().max().item())
