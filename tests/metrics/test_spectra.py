@@ -228,3 +228,11 @@ def test_bad_input_is_named() -> None:
         metrics.jacobian(a)
     with pytest.raises(RbeError, match="empty"):
         metrics.condition(torch.zeros(0, 3))
+
+
+def test_a_matrix_drawn_from_a_generator_of_the_same_number_is_no_different() -> None:
+    a = noisy(MATRICES["low rank"]())  # its noise is what a generator of seed 5 draws first
+    exact = torch.linalg.svdvals(a)
+    for seed in (4, 5):
+        found = metrics.spectrum(a, full=100, seed=seed)
+        assert ((found.values - exact).norm() / exact.norm()).item() <= found.error

@@ -22,6 +22,8 @@ from rbe.errors import RbeError
 
 FULL = 2048
 
+# Added to the seeds of probes: a matrix drawn from a generator of the same small number would hold the probes.
+_APART = 0x5EED_0000
 # Of the randomised method: values taken by subspace iteration, iterations, probes of the rest, steps of each.
 _LEADING, _ITERATIONS, _PROBES, _STEPS = 32, 4, 8, 48
 
@@ -297,7 +299,7 @@ def _ritz(diagonal: list[float], beside: list[float], steps: int) -> tuple[Tenso
 
 def _largest(forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor], size: int, seed: int) -> float:
     """Largest singular value of a map between vectors of float64."""
-    start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    start = torch.randn(size, generator=torch.Generator().manual_seed(_APART + seed), dtype=torch.float64)
     found = 0.0
     for steps in (24, 48, 96, 192):
         values, _, residuals = _ritz(*_bidiagonal(forward, backward, start, steps), steps)
@@ -312,7 +314,7 @@ def _estimate(a: Tensor, seed: int) -> tuple[Tensor, float]:
     """(singular values, error) of a float64 matrix with at least as many rows as columns."""
     columns = a.shape[1]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(_APART + seed)
         left, leading, right = torch.svd_lowrank(a, q=min(2 * _LEADING, columns), niter=_ITERATIONS)
     known = min(_LEADING, columns // 2)
     left, leading, right = left[:, :known], leading[:known], right[:, :known]
@@ -323,7 +325,7 @@ def _estimate(a: Tensor, seed: int) -> tuple[Tensor, float]:
     def backward(y: Tensor) -> Tensor:
         return a.T @ y - right @ (leading * (left.T @ y))
 
-    draw = torch.Generator().manual_seed(seed + 1)
+    draw = torch.Generator().manual_seed(_APART + seed + 1)
     probes = []
     for _ in range(_PROBES):
         start = torch.randn(columns, generator=draw, dtype=a.dtype)
