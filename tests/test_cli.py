@@ -129,6 +129,10 @@ def test_inspect_beside_the_source_compares_singular_values(small: Path, bert: P
     weight = open_source(bert).tensors[f"{name}.weight"].read()
     ours, wanted = matrices[name].decode(), weight.float()
     assert found["error"] == pytest.approx(rows[name]["error"], rel=1e-3)
+    assert found["mse"] == pytest.approx(metrics.mean_squared_error(ours, wanted))
+    assert found["mae"] == pytest.approx(metrics.mean_absolute_error(ours, wanted))
+    assert found["relative_error"] == pytest.approx(found["error"] ** 0.5) and found["stability"] is None
+    assert found["floor"] < found["error"] and 0.7 < found["efficiency"] < 1
     assert found["spectral_error"] == pytest.approx(metrics.spectral_error(ours, wanted))
     assert found["principal"] == pytest.approx(metrics.principal_ratio(ours, wanted, 16))
     assert found["lipschitz"] == pytest.approx([metrics.lipschitz(wanted), metrics.lipschitz(ours)])
@@ -140,6 +144,20 @@ def test_inspect_beside_the_source_compares_singular_values(small: Path, bert: P
     assert peers["dct"] < peers["ceiling"] == pytest.approx(1 - 2 ** (-2 * peers["bits"]))
     assert "energy kept at equal bytes" in shown and "DCT" in shown
     assert "PCR_16" in shown and "Lipschitz" in shown and "spectral error" in shown
+
+
+def test_inspect_beside_the_source_tells_how_far_packed_seeds_move_weights(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"w.weight": torch.randn(48, 64, generator=torch.Generator().manual_seed(0))}, tmp_path / "a.safetensors")
+    for format in ("packed64", "packed128"):
+        folder = tmp_path / f"{format}.safetensors"
+        rbe("compress", tmp_path / "a.safetensors", folder, "--format", format)
+        (row,) = rbe_json("inspect", folder, "--against", tmp_path / "a.safetensors")["tensors"]
+        found = row["spectrum"]["stability"]
+        assert 1 <= found["rank"] <= 2 and 0 < found["storage"] < found["weight"] < 1e-3 < found["largest"]
+        shown = rbe("inspect", folder, "--against", tmp_path / "a.safetensors").stdout
+        assert "Jacobian rank" in shown and "storage bound" in shown and "MSE" in shown
 
 
 def test_large_matrices_beside_the_source_say_how_sure_they_are(
@@ -230,6 +248,8 @@ def test_report_writes_one_page(small: Path, bert: Path, tmp_path: Path, monkeyp
     page = (tmp_path / "deep" / "r.html").read_text()
     assert told["bytes"] == len(page.encode()) and "Shannon floor" in page
     rbe("report", small, "-o", tmp_path / "with.html", "--against", bert)
+    for shown in ("MSE", "MAE", "PCR_16", "Lipschitz constant", "condition", "ceiling", "SVD", "DCT", "eta"):
+        assert f"{shown}</th>" in (tmp_path / "with.html").read_text()
     assert "peak memory" in (tmp_path / "with.html").read_text() and "3 MB" in (tmp_path / "with.html").read_text()
     refused("report", small, "-o", tmp_path / "no.html", "--text", tmp_path / "x", says="--against")
 

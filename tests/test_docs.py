@@ -1,6 +1,8 @@
 """What the pages in docs/ say of the formats is what the code says."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,3 +23,11 @@ def test_constants_in_words() -> None:
     assert f"K = {packed128.GAIN:.6f}" in text
     assert f"0x{packed64.KEY:X}" in text
     assert f"- {trellis.OFFSET}" in text
+
+
+def test_the_example_of_searches_runs() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "conformance.md").read_text(), flags=re.S)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["tree"].decode().shape == names["both"].decode().shape == (64, 96)
+    assert names["starts"].probability(8).min() > 0 and names["fit"].loss.shape == (24,)

@@ -104,3 +104,9 @@ def test_parts_that_do_not_fit() -> None:
         SeedMatrix.from_seeds(SEEDS[0], (20, 33), "trellis")
     with pytest.raises(RbeError, match="not offered"):
         SeedMatrix.from_seeds(SEEDS[:, :7], (20, 33), "trellis")
+
+
+@pytest.mark.parametrize("scale", [torch.ones(2), "x", None, [1.0, 2.0]])
+def test_a_scale_is_one_number(scale: object) -> None:
+    with pytest.raises(RbeError, match=r"scale .* is not one number"):
+        matrix(scale=scale)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Self
 
 import torch
@@ -109,7 +108,11 @@ class SeedMatrix:
             precision=precision,
             stages=stages,
         )
-        return cls(spec, seeds, torch.as_tensor(scale, dtype=torch.float32).reshape(()), row_scale)
+        try:
+            factor = torch.as_tensor(scale, dtype=torch.float32).reshape(())
+        except (TypeError, ValueError, RuntimeError) as cause:
+            raise RbeError(f"from_seeds: scale {scale!r} is not one number: {cause}") from cause
+        return cls(spec, seeds, factor, row_scale)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], spec: SeedSpec) -> Self:
@@ -150,10 +153,15 @@ class SeedMatrix:
         """Bits stored per weight of the unpadded matrix, scales and padding counted."""
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
 
-    @cached_property
+    @property
     def _ready(self) -> kernels.Prepared | kernels.Graded:
         """Made on first use; the fields never change, and changes in place are seen."""
-        return kernels.prepare(self.spec, self.seeds, self.scale, self.row_scale)
+        kept: kernels.Prepared | kernels.Graded | None = self.__dict__.get("_kept")
+        if kept is None:
+            kept = kernels.prepare(self.spec, self.seeds, self.scale, self.row_scale)
+            if kernels.lasting():
+                self.__dict__["_kept"] = kept
+        return kept
 
     def decode(self) -> Tensor:
         """The dense matrix, float32 (rows, columns), rotations undone."""

@@ -88,6 +88,23 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A table for people.
+
+    Attributes:
+        title: over it.
+        names: of the columns; the first names the tensor, the others hold numbers.
+        rows: of texts.
+        note: what the columns mean.
+    """
+
+    title: str
+    names: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything the page shows; what is empty is left out.
 
@@ -101,6 +118,7 @@ class Report:
         search: answers of both models, side by side.
         headlines: further (value, caption) pairs for the top of the page.
         facts: (name, value) pairs about the run: source, machine, settings.
+        tables: what is known of the matrices beside their source.
     """
 
     title: str
@@ -112,6 +130,7 @@ class Report:
     search: Sequence[Hits] = ()
     headlines: Sequence[tuple[str, str]] = ()
     facts: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    tables: Sequence[Table] = ()
 
 
 def render(report: Report) -> str:
@@ -148,6 +167,7 @@ def render(report: Report) -> str:
             "Captured is the energy kept, 1 &minus; error; &eta; the rate that the error needs at least, of the rate "
             "that is stored; the spectral error is that of the sorted singular values.",
         ),
+        *(_section(t.title[:1].upper() + t.title[1:], _folded(t), escape(t.note)) for t in report.tables),
         _section("About this run", _facts(report.facts)) if report.facts else "",
     ]
     cards = [
@@ -290,6 +310,15 @@ def _tensors(entries: Sequence[Entry]) -> str:
     )
     table = _table(names, rows, numeric=(1, *range(3, len(names))))
     return f"<details><summary>{len(entries)} tensors</summary>{table}</details>"
+
+
+def _folded(table: Table) -> str:
+    rows = "".join(
+        f"<tr><td class=name>{escape(name)}</td>{''.join(f'<td class=n>{escape(cell)}</td>' for cell in cells)}</tr>"
+        for name, *cells in table.rows
+    )
+    body = _table(table.names, rows, numeric=range(1, len(table.names)))
+    return f"<details><summary>{len(table.rows)} tensors</summary>{body}</details>"
 
 
 def _search(hits: Sequence[Hits]) -> str:

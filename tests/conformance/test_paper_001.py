@@ -189,3 +189,20 @@ def test_the_experiments_contradict_the_fitted_law() -> None:
     """8.10: accuracy A exp(-alpha R) falls with the ratio, yet 300:1 is said to lose less than 150:1."""
     alpha = -math.log(1 - 0.023) / 150
     assert 1 - math.exp(-alpha * 300) == pytest.approx(0.0455, abs=1e-3) != 0.018
+
+
+def test_the_printed_optimum_depends_on_no_network_but_through_alpha() -> None:
+    """8.10.1: with the fitted law and memory as 1 / R, accuracy over memory is R exp(-alpha R): R* = 1 / alpha."""
+    alpha = -math.log(1 - 0.023) / 150  # the printed loss of a CNN at 150:1
+    ratios = np.arange(1.0, 20_000.0)
+    best = ratios[(ratios * np.exp(-alpha * ratios)).argmax()]
+    assert best == pytest.approx(1 / alpha, abs=1) and best > 150
+    # There exp(-1) of the accuracy is left, whatever the network: no point to operate at.
+    assert math.exp(-alpha * best) == pytest.approx(0.368, abs=1e-3)
+
+
+def test_a_pipeline_is_as_fast_as_its_slowest_stage_only_when_stages_overlap() -> None:
+    """8.8.2: 1 / max T_i needs a worker for every stage; on the same workers it is less than workers / sum T_i."""
+    times = np.array([0.1, 5.0, 0.3, 0.1])
+    pipeline, shared = 1 / times.max(), len(times) / times.sum()
+    assert shared > 3 * pipeline

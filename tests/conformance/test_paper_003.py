@@ -299,3 +299,33 @@ def test_the_hyperbolic_penalty_moves_no_angle() -> None:
     """4.4.3: lambda artanh(r)^2 pushes away from the rim: its slope grows without bound there."""
     slope = [2 * math.atanh(r) / (1 - r * r) for r in (0.01, 0.5, 0.9, 0.99)]
     assert slope == sorted(slope) and slope[-1] > 200
+
+
+def test_the_printed_derivative_of_a_state_has_no_direction() -> None:
+    """4.3.2.1: L(s) - min L(s') is positive where some change pays, but is one number for all changes."""
+
+    def printed(loss: list[float], state: int) -> float:
+        return loss[state] - min(value for other, value in enumerate(loss) if other != state)
+
+    # The same number, whichever of the others is the better one.
+    assert printed([1.0, 0.4, 2.0, 3.0], 0) == printed([1.0, 3.0, 2.0, 0.4], 0) > 0
+    # It is negative only at the best state, and minus it is then the margin.
+    losses = [0.3, 0.7, 0.5, 0.9]
+    assert [printed(losses, s) < 0 for s in range(4)] == [True, False, False, False]
+    # What a flip or a beam is accepted on, L(s') - L(s) of the state that it goes to, is minus the printed number.
+    best = min(range(1, 4), key=losses.__getitem__)
+    assert losses[best] - losses[0] == -printed(losses, 0)
+
+
+def test_the_graph_of_4_2_4_is_differentiated_where_it_can_be() -> None:
+    """Bits have no derivative; CORDIC, basis function and product have one, in r, theta and x."""
+    spec = formats.make_spec("packed128", (4, 4), block=4, mode="faithful")
+    code = packed128.code_of(*(torch.tensor([[v]]) for v in (2, 700, 3000, 3, 12345)))
+    point = [torch.tensor([[v]], dtype=torch.float64, requires_grad=True) for v in (0.4, 1.0)]
+    x = torch.randn(4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+
+    def y(radius: torch.Tensor, angle: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return packed128.values(code, radius, angle, spec)[0] @ x
+
+    assert torch.autograd.gradcheck(y, (*point, x))
+    assert not code.is_floating_point()

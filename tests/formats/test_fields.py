@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rbe import formats
 from rbe.errors import RbeError
 from rbe.formats.fields import Field, Layout
 
@@ -47,3 +48,27 @@ def test_a_word_must_be_full() -> None:
 
 def test_table_names_every_field() -> None:
     assert "| 0 | [61:50] | frequency | how fast |" in LAYOUT.table()
+
+
+@pytest.mark.parametrize("format", formats.DISK_FORMATS)
+def test_parts_of_different_shapes_are_not_joined(format: str) -> None:
+    spec = formats.make_spec(format, (32, 16), stages=2)
+    definition = formats.disk(format)
+    code = torch.zeros(2, definition.code_words(spec), dtype=torch.int64)
+    half = torch.full((2, 2), 0.5)
+    assert definition.join(code, half, half, spec).shape == formats.seeds_shape(spec)
+    for radius, angle in ((half, half[:, :1]), (half[:1], half), (half[:, :1], half[:, :1]), (half[0], half[0])):
+        with pytest.raises(RbeError, match=f"{format}: .* are of shapes"):
+            definition.join(code, radius, angle, spec)
+    if code.numel():
+        for wrong in (code.float(), code[:, :1]):
+            with pytest.raises(RbeError, match=f"{format}: .* code"):
+                definition.join(wrong, half, half, spec)
+
+
+def test_fields_are_integers_of_one_shape() -> None:
+    one = torch.ones(3, dtype=torch.int64)
+    with pytest.raises(RbeError, match=r"geo_amp is torch\.float32"):
+        formats.packed128.code_of(one, one, one.float(), one, one)
+    with pytest.raises(RbeError, match=r"basis_sel is .*\(2,\)"):
+        formats.packed128.code_of(one, one, one, one[:2], one)

@@ -1,6 +1,7 @@
 """Seed specifications survive JSON and refuse nonsense."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -106,3 +107,14 @@ def test_grades_need_rows_that_stand_alone() -> None:
         SeedSpec.check_rate(SeedSpec("packed64", (75, 50), bits=1.7, grades=GRADES), 1)
     with pytest.raises(RbeError, match="no seed specification"):
         SeedSpec.from_json({**SeedSpec("trellis", (75, 50), bits=2.0).to_json(), "grades": [[32, "x"]]})
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 7), (16.9, 16), (16,), 16, ("16", 16), None])
+def test_a_shape_is_two_whole_numbers(shape: Any) -> None:
+    with pytest.raises(RbeError, match="two whole numbers"):
+        make_spec("packed128", shape)
+
+
+def test_only_a_trellis_has_a_window() -> None:
+    with pytest.raises(RbeError, match="window 12 belongs to a trellis"):
+        make_spec("packed128", (16, 16), window=12)

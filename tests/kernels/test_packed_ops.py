@@ -13,6 +13,7 @@ from rbe import formats, kernels
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec, make_spec
 from rbe.kernels import Tensors, ops
+from rbe.nn import Linear
 
 KINDS: tuple[dict[str, Any], ...] = (
     {"format": "packed64"},
@@ -279,3 +280,11 @@ def test_errors_of_open_matrices() -> None:
     with pytest.raises(RbeError, match="no radius and angle"):
         kernels.decode(trellis, torch.zeros(6, 8, dtype=torch.int64), one, None, radius, angle)
     assert isinstance(kernels.prepare(spec, code, one, None, radius, angle).tensors, Tensors)
+
+
+@pytest.mark.parametrize("format", formats.DISK_FORMATS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_layer_in_a_sequential_is_exported(format: str, frozen: bool) -> None:
+    layer = Linear(16, 16, format=format)
+    model, x = torch.nn.Sequential(layer.freeze() if frozen else layer), torch.randn(3, 16)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), layer(x))

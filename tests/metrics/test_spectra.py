@@ -68,6 +68,25 @@ def test_estimated_values_are_within_the_stated_error(pair: tuple[Case, Case]) -
         torch.testing.assert_close(found.values.norm(), exact.norm())
 
 
+# Steps, which a distribution seen through a few probes smears.
+STEPS: dict[str, Callable[[], Tensor]] = {
+    "equal, then nothing": lambda: rotated((FALLING <= 50).double(), N),
+    "two clusters": lambda: rotated(torch.where(FALLING <= 160, 1.0, 1e-3).double(), N),
+    "three clusters": lambda: rotated(torch.where(FALLING <= 100, 1.0, torch.where(FALLING <= 200, 0.5, 0.1)), N),
+    "rank 64": lambda: noisy(MATRICES["gaussian"](), 0.0)[:, :64] @ MATRICES["wide"]()[:64, :N],
+    "identity": lambda: torch.eye(N, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_of_a_spectrum_are_within_the_stated_error(name: str) -> None:
+    a = STEPS[name]()
+    exact = torch.linalg.svdvals(a)
+    for seed in range(6):
+        found = metrics.spectrum(a, full=100, seed=seed)
+        assert ((found.values - exact).norm() / exact.norm()).item() <= found.error + 1e-12
+
+
 def test_a_limit_below_the_leading_values_is_fine() -> None:
     a = rotated(FALLING[:30] ** -0.5, 50)
     found = metrics.spectrum(a, full=10)
@@ -209,3 +228,11 @@ def test_bad_input_is_named() -> None:
         metrics.jacobian(a)
     with pytest.raises(RbeError, match="empty"):
         metrics.condition(torch.zeros(0, 3))
+
+
+def test_a_matrix_drawn_from_a_generator_of_the_same_number_is_no_different() -> None:
+    a = noisy(MATRICES["low rank"]())  # its noise is what a generator of seed 5 draws first
+    exact = torch.linalg.svdvals(a)
+    for seed in (4, 5):
+        found = metrics.spectrum(a, full=100, seed=seed)
+        assert ((found.values - exact).norm() / exact.norm()).item() <= found.error

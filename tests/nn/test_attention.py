@@ -186,3 +186,18 @@ def test_wrong_parts_are_refused() -> None:
         MultiheadAttention.from_linears({"q": [part], "k": [part], "o": [part]}, 2)
     with pytest.raises(RbeError, match="k has"):
         MultiheadAttention.from_linears({"q": [part], "k": [part] * 2, "v": [part], "o": [part]}, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_integer_masks_are_refused(dtype: torch.dtype) -> None:
+    layer, x = rbe.nn.MultiheadAttention(16, 2, batch_first=True), torch.randn(2, 3, 16)
+    with pytest.raises(RbeError, match=r"attn_mask is torch.*bool"):
+        layer(x, attn_mask=torch.ones(3, 3, dtype=dtype))
+    with pytest.raises(RbeError, match=r"key_padding_mask is torch.*bool"):
+        layer(x, key_padding_mask=torch.zeros(2, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("block", [0, -1])
+def test_a_block_that_is_none_is_refused_by_the_format(block: int) -> None:
+    with pytest.raises(RbeError, match=r"block"):
+        rbe.nn.MultiheadAttention(16, 2, format="packed128", block=block)

@@ -172,3 +172,10 @@ def test_wrong_settings_are_refused() -> None:
         rbe.nn.Conv2d.from_matrix(matrix, None, 6, 2)
     with pytest.raises(RbeError, match="8 rows"):
         rbe.nn.Conv2d.from_matrix(matrix, torch.zeros(6), 6, 3)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_integers_are_refused(size: int) -> None:
+    for layer, shape in ((rbe.nn.Conv1d(4, 6, size), (2, 4, 7)), (rbe.nn.Conv2d(4, 6, size), (2, 4, 7, 7))):
+        with pytest.raises(RbeError, match=r"x is torch\.int64"):
+            layer(torch.ones(shape, dtype=torch.int64))

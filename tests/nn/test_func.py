@@ -6,6 +6,13 @@ import pytest
 import torch
 from layer_cases import CASES, PAIRS, close, first, make
 from torch import Tensor, func, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from rbe.formats import make_spec
+from rbe.matrix import SeedMatrix
+from rbe.nn import Linear
+from rbe.search import encode
 
 # torch's own first use of forward derivatives warns about what torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -91,3 +98,38 @@ def test_the_gradient_of_the_scale() -> None:
     product = (layer(x) - layer.bias_seed()).sum().detach()
     assert layer.scale.grad is not None
     assert float(layer.scale.grad * layer.scale.detach()) == pytest.approx(float(product), rel=1e-4)
+
+
+TRANSFORMS = {
+    "jvp": lambda f, x: func.jvp(f, (x,), (x,)),
+    "vjp": lambda f, x: func.vjp(f, x),
+    "grad": lambda f, x: func.grad(lambda v: f(v).sum())(x),
+    "jacrev": lambda f, x: func.jacrev(f)(x[0]),
+    "vmap": lambda f, x: func.vmap(f)(x),
+    "make_fx": lambda f, x: make_fx(lambda v: f(v))(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("format", ["trellis", "packed64", "packed128", "outer128"])
+def test_a_first_call_under_a_transform_leaves_nothing_behind(format: str, transform: str) -> None:
+    matrix = encode(torch.randn(16, 16), format=format, effort="fast")
+    layer, x = Linear.from_matrix(matrix), torch.randn(3, 16)
+    for call in (layer, matrix.matmul):
+        TRANSFORMS[transform](call, x)
+        assert torch.allclose(call(x), x @ matrix.decode().T, atol=1e-3)
+        assert torch.allclose(func.vmap(call)(x), call(x), atol=1e-3)  # and after a plain call
+
+
+@pytest.mark.parametrize("format", ["trellis", "packed64", "packed128", "outer128", "graded"])
+def test_a_first_call_on_fake_tensors_leaves_nothing_behind(format: str) -> None:
+    if format == "graded":
+        spec = make_spec("trellis", (40, 20), bits=((32, 3.0), (40, 1.0)))
+        matrix = SeedMatrix(spec, torch.randint(-(2**62), 2**62, (28, 2)), torch.tensor(1e-3))
+    else:
+        matrix = encode(torch.randn(16, 16), format=format, effort="fast")
+    layer, x = Linear.from_matrix(matrix), torch.randn(3, matrix.shape[1])
+    for call in (layer, matrix.matmul):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert call(mode.from_tensor(x)).shape == (3, matrix.shape[0])
+        assert torch.allclose(call(x), x @ matrix.decode().T, atol=1e-3)

@@ -1,6 +1,7 @@
 """Norms: equal to torch's given the same gain and shift, dense or from seeds; the printed forms; folding."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +152,21 @@ def test_folding_gives_one_layer_that_does_both(kind: str, frozen: bool) -> None
     assert close(rbe.nn.fold(layer, torchs)(x), folded(x))  # type: ignore[type-var]
 
 
+def test_factors_are_rounded_as_float16_says() -> None:
+    """To 2^-11 of themselves, or to half of float16's least step, where they are tiny beside the largest."""
+    layer, norm = rbe.nn.Linear(6, 60, format="packed128", block=4), rbe.nn.BatchNorm1d(60).eval()
+    factors = 1.3 * 2.0 ** -torch.arange(60.0).div(2)
+    with torch.no_grad():
+        norm.weight.copy_(factors)
+    assert norm.running_var is not None
+    factors = (norm.weight * (norm.running_var + norm.eps).rsqrt()).detach()
+    folded = rbe.nn.fold(layer, norm)
+    assert folded.row_scale is not None
+    made = folded.row_scale.double() * (folded.scale / layer.scale).detach().double()
+    bound = torch.maximum(2.0**-11 * factors, 2.0**-25 * factors.max()) * (1 + 1e-5)
+    assert bool(((made - factors).abs() <= bound).all())
+
+
 def test_outliers_are_folded_too() -> None:
     torch.manual_seed(0)
     matrix = rbe.nn.Linear(6, 5, format="packed128", block=4).freeze().matrix
@@ -185,3 +201,19 @@ def test_wrong_choices_are_refused() -> None:
         rbe.nn.fold(rbe.nn.Linear(4, 7, rotation=(1, 2)), rbe.nn.BatchNorm1d(7))
     with pytest.raises(RbeError, match="no running statistics"):
         rbe.nn.fold(rbe.nn.Linear(4, 7), rbe.nn.BatchNorm1d(7, track_running_stats=False))
+
+
+@pytest.mark.parametrize("parameters", ["dense", "seed"])
+@pytest.mark.parametrize("format", [{}, {"format": "packed128"}])
+def test_options_that_fit_no_matrix_are_refused(parameters: str, format: dict[str, str]) -> None:
+    for wrong in ({"block": 0}, {"block": "x"}, {"bits": "x"}, {"rotation": (1,)}, {"stages": 0}):
+        with pytest.raises(RbeError, match=next(iter(wrong))):
+            rbe.nn.LayerNorm(8, parameters=parameters, **format, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(RbeError, match="packed128: 3 bits"):
+        rbe.nn.LayerNorm(8, parameters=parameters, format="packed128", bits=3.0)
+
+
+@pytest.mark.parametrize("make", [rbe.nn.GRU, rbe.nn.MultiheadAttention, rbe.nn.FeedForward, rbe.nn.SeededEncoding])
+def test_a_layer_of_several_matrices_names_an_unknown_option(make: Any) -> None:
+    with pytest.raises(RbeError, match="formt is no option"):
+        make(16, 2, formt="packed128")

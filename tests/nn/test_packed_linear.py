@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import rbe.nn
 from rbe.errors import RbeError
+from rbe.matrix import SeedMatrix
 
 
 @pytest.mark.parametrize("format", OPEN)
@@ -124,3 +125,39 @@ def test_autocast_rounds_no_seeds(format: str, block: int | None) -> None:
             found = torch.autograd.grad(y.square().sum() + w.square().sum(), [inputs, *layer.parameters()])
         expected.append((y, w, *found))
     assert all(close(a, b) for a, b in zip(*expected, strict=True))
+
+
+@pytest.mark.parametrize("format", ["packed128", "outer128"])
+def test_a_frozen_layer_refuses_seeds_that_stand_for_no_weights(format: str) -> None:
+    layer = rbe.nn.Linear(16, 16, format=format).freeze()
+    kept = layer(torch.ones(16))
+    bad = {**layer.state_dict(), "seeds": torch.full_like(layer.seeds, -1)}
+    with pytest.raises(RuntimeError, match=f"{format}: radius is nan"):
+        layer.load_state_dict(bad)
+    assert torch.equal(layer(torch.ones(16)), kept)
+    layer.seeds = bad["seeds"]
+    with pytest.raises(RbeError, match=f"{format}: radius is nan"):
+        layer(torch.ones(16))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_scale_that_is_no_number_is_not_loaded(value: float, frozen: bool) -> None:
+    layer = rbe.nn.Linear(16, 16, format="packed64")
+    layer = layer.freeze() if frozen else layer
+    with pytest.raises(RuntimeError, match="scale is NaN or infinite"):
+        layer.load_state_dict({**layer.state_dict(), "scale": torch.tensor(value)})
+    assert bool(layer.scale.isfinite())
+
+
+@pytest.mark.parametrize("precision", [32, 64])
+def test_seeds_at_the_rim_can_be_unfrozen(precision: int) -> None:
+    matrix = SeedMatrix.from_seeds(
+        torch.full((1, precision // 32), -(1 << 32) + (1 << 30)), (16, 16), "packed64", precision=precision
+    )
+    layer, x = rbe.nn.Linear.from_matrix(matrix), torch.ones(1, 16)
+    y, state = layer(x), layer.state_dict()
+    assert torch.allclose(layer.unfreeze()(x), y, atol=1e-5)
+    other = rbe.nn.Linear(16, 16, bias=False, format="packed64", precision=precision)
+    other.load_state_dict(state)
+    assert torch.allclose(other(x), y, atol=1e-5)

@@ -65,3 +65,11 @@ def test_wrong_inputs_are_refused() -> None:
         layer(torch.randn(3, 5))
     with pytest.raises(RbeError, match="negative"):
         rbe.nn.SinusoidalEncoding(6)(torch.randn(3, 6), start=-1)
+
+
+def test_integers_and_no_features_are_refused() -> None:
+    for layer in (rbe.nn.SeededEncoding(10, 8, format="packed128"), rbe.nn.SinusoidalEncoding(8)):
+        with pytest.raises(RbeError, match=r"x is torch\.int64"):
+            layer(torch.ones(3, 8, dtype=torch.int64))
+    with pytest.raises(RbeError, match="0 features"):
+        rbe.nn.SinusoidalEncoding(0)

@@ -138,3 +138,21 @@ def test_wrong_inputs_are_refused() -> None:
         layer(torch.randn(0, 2, 3))
     with pytest.raises(RbeError, match=r"a state is \(1, 3, 4\); it must be \(1, 2, 4\)"):
         layer(torch.randn(5, 2, 3), torch.zeros(1, 3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bias", [True, "seed"])
+def test_open_layers_train_in_every_dtype(dtype: torch.dtype, bias: bool | str) -> None:
+    for make in (rbe.nn.LSTM, rbe.nn.GRU):
+        layer = make(4, 5, bias=bias, format="packed128", block=4).to(dtype)
+        y = layer(torch.randn(3, 2, 4, dtype=dtype))[0]
+        y.float().sum().backward()
+        assert y.dtype == dtype and all(bool(p.grad.isfinite().all()) for p in layer.parameters())
+
+
+def test_a_state_of_the_other_layer_is_refused() -> None:
+    x, h = torch.randn(4, 2, 8), torch.zeros(1, 2, 16)
+    gru, lstm = rbe.nn.GRU(8, 16, format="packed128"), rbe.nn.LSTM(8, 16, format="packed128")
+    for layer, state in ((gru, (h,)), (gru, (h, h)), (lstm, h), (lstm, (h,)), (lstm, (h, None))):
+        with pytest.raises(RbeError, match="the state is not"):
+            layer(x, state)

@@ -116,6 +116,22 @@ def test_clipping_is_of_the_norm_over_all_modules_or_of_components() -> None:
         assert torch.equal(grad, old.clamp(-0.1, 0.1))
 
 
+def test_what_does_not_train_stays_and_what_trains_alone_is_clipped() -> None:
+    for still, trained in (("radius", "angle"), ("angle", "radius")):
+        module = layer()
+        fixed, free = getattr(module, still), getattr(module, trained)
+        with torch.no_grad():
+            fixed.fill_(0.999 if still == "radius" else 40.0)  # beyond what a step leaves
+        fixed.requires_grad_(False)
+        kept, start = fixed.clone(), free.detach().clone()
+        optimizer = torch.optim.SGD(optim.groups(module), lr=1e-3)
+        optim.guard(optimizer, module, riemannian=True, boundary_damping=0.0, clip_norm=1.0)
+        free.grad = torch.full_like(free, 1e6)
+        optimizer.step()
+        assert torch.equal(fixed, kept)
+        assert (start - free.detach()).norm().item() == pytest.approx(1e-3, rel=0.01)
+
+
 def test_gradients_are_afterwards_what_backward_left() -> None:
     module = layer()
     optimizer = torch.optim.Adam(optim.groups(module), lr=0.1)

@@ -219,3 +219,11 @@ def test_zero_matrices_and_bad_input(format: str) -> None:
 def test_any_float_type(dtype: torch.dtype) -> None:
     W = gaussian(20, 20).to(dtype)
     assert torch.equal(encode(W, format="packed128").seeds, encode(W.float(), format="packed128").seeds)
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_angles_stay_within_a_turn_where_weights_hardly_feel_them(effort: str) -> None:
+    """Blocks of one cell: most codes have no slope in theta, and a damped step may be as long as it likes."""
+    W = torch.randn(96, 96, generator=torch.Generator().manual_seed(0))
+    matrix = encode(W, format="packed128", block=1, effort=effort)
+    assert packed128.split(matrix.seeds, matrix.spec)[2].abs().max().item() <= 2 * math.pi

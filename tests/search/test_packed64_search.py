@@ -148,6 +148,7 @@ def test_wrong_options_are_refused() -> None:
         ({"block": 0}, "block"),
         ({"block": "abc"}, "block 'abc' is not an int"),
         ({"block": 10**6}, r"pad the matrix \(16, 16\) to \(1000000, 1000000\)"),
+        ({"block": 4096}, r"pad the matrix \(16, 16\) to \(4096, 4096\)"),
         ({"window": 12}, "window"),
         ({"effort": "extreme"}, "effort"),
         ({"threads": 0}, "threads"),

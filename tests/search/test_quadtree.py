@@ -61,6 +61,23 @@ def test_blocks_that_stay_whole_are_within_their_threshold(alpha: float) -> None
     assert not (wrong & ~small).any() and 0 < small.sum() < 64 * 64
 
 
+@pytest.mark.parametrize("format", ["packed128", "packed64"])
+def test_it_says_which_smallest_blocks_stay_over_their_threshold(format: str) -> None:
+    W = rough(70, 50)
+    tree = QuadTree.fit(W, epsilon=0.1, alpha=0.5, largest=32, smallest=4, format=format, effort="fast")
+    limit = 0.1 * (1 + 0.5 * W.abs() / W.abs().max())
+    wrong = torch.nn.functional.pad((tree.decode() - W).abs() > limit, (0, 2, 0, 2))
+    wanted = 4 * wrong.reshape(18, 4, 13, 4).permute(0, 2, 1, 3).flatten(2).any(2).nonzero()
+    assert len(wanted) and torch.equal(tree.over(W, epsilon=0.1, alpha=0.5), wanted)
+    again = QuadTree.from_tensors(tree.to_tensors(), tree.spec)
+    assert torch.equal(again.over(W, epsilon=0.1, alpha=0.5), wanted)
+    assert tree.over(W, epsilon=10.0).shape == (0, 2)
+    with pytest.raises(RbeError, match="epsilon"):
+        tree.over(W, epsilon=math.nan)
+    with pytest.raises(RbeError, match=r"\(70, 50\)"):
+        tree.over(W[:69], epsilon=0.1)
+
+
 def test_larger_thresholds_split_less() -> None:
     W = gaussian(64, 64).cumsum(1)
     sizes = [QuadTree.fit(W, epsilon=e, effort="fast").nbytes for e in (0.0, 8.0, 1e9)]

@@ -1,5 +1,7 @@
 """Fits of (r, theta), beam search over the bits, and the sums over rings they rest on."""
 
+import math
+
 import pytest
 import torch
 
@@ -176,3 +178,10 @@ def test_an_error_in_a_chunk_is_raised() -> None:
 
     with pytest.raises(ValueError, match="of this chunk"):
         in_chunks(9, 2, work, threads=2)
+
+
+@pytest.mark.parametrize("name", ["gradient", "change", "rim", "condition"])
+def test_a_fit_does_not_end_by_nan_or_negative_numbers(name: str) -> None:
+    for value in (math.nan, -1.0):
+        with pytest.raises(RbeError, match=name):
+            Stop(**{name: value})

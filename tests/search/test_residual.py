@@ -2,12 +2,15 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import func
 
 from rbe.errors import RbeError
 from rbe.search import encode
+from rbe.search.quadtree import QuadTree
 from rbe.search.residual import Corrected, SparseResidual, _side, dct, dct_back
 
 BASES = ["dct", "identity", "haar", "db4", "sym5"]
@@ -117,3 +120,35 @@ def test_bad_residuals_are_refused() -> None:
             replace(good, **damage)
     assert SparseResidual.fit(W, 0).decode().abs().max() == 0
     assert SparseResidual.fit(1e9 * W, 4).values.dtype == torch.float32
+
+
+def kinds() -> dict[str, tuple[Any, torch.Tensor]]:
+    W = gaussian(40, 30)
+    parts = {basis: SparseResidual.fit(W, 60, basis) for basis in BASES}
+    parts["corrected"] = Corrected.fit(W, lambda rest: encode(rest, format="packed128", effort="fast"), keep=60)
+    parts["tree"] = QuadTree.fit(W, 0.5, largest=16, smallest=4, effort="fast")
+    return parts
+
+
+# torch's own first use of forward derivatives warns about what torch deprecates.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("kind", [*BASES, "corrected", "tree"])
+def test_products_have_the_derivatives_of_the_dense_matrix(kind: str) -> None:
+    part = kinds()[kind]
+    W, x, g = part.decode(), gaussian(5, 30).requires_grad_(), gaussian(5, 40)
+    (given,) = torch.autograd.grad((part.matmul(x) * g).sum(), x)
+    assert torch.allclose(given, g @ W, atol=1e-4)
+    (second,) = torch.autograd.grad(
+        torch.autograd.grad(part.matmul(x).square().sum(), x, create_graph=True)[0].sum(), x
+    )
+    assert torch.allclose(second, (2 * torch.ones(5, 30) @ W.T) @ W, atol=1e-3)
+    v = x.detach()
+    assert torch.allclose(func.jacrev(part.matmul)(v[0]), W, atol=1e-5)
+    assert torch.allclose(func.jvp(part.matmul, (v,), (v,))[1], v @ W.T, atol=1e-4)
+    assert torch.allclose(func.vmap(part.matmul)(v), v @ W.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("keep", [1.5, "3", None, True])
+def test_a_number_of_coefficients_is_whole(keep: Any) -> None:
+    with pytest.raises(RbeError, match="keep is"):
+        SparseResidual.fit(gaussian(8, 8), keep)

@@ -299,7 +299,16 @@ def report(
     facts += [(name, str(value)) for name, value in trial.machine().items()]
     html = page.render(
         page.Report(
-            trial.name_of(folder), entries(held, kept), held.parts, held.stored, held.weights, lines, (), cards, facts
+            trial.name_of(folder),
+            entries(held, kept),
+            held.parts,
+            held.stored,
+            held.weights,
+            lines,
+            (),
+            cards,
+            facts,
+            spectra.tables(kept, str(source)) if kept else (),
         )
     )
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,9 @@
 """Seed formats: one module a format, each the definition of what its seeds mean."""
 
 import operator
+from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Protocol
 
 from torch import Tensor
@@ -134,18 +136,35 @@ precision=32, stages=1, grades=())
     definition = get(format)
     if format == "packed128" and mode is None:
         mode = "radial"
-    sides = (int(shape[0]), int(shape[1]))
+    sides = _sides(shape)
     grades = _grades(bits, sides[0]) if isinstance(bits, tuple) else ()
     if isinstance(bits, tuple):
         bits = mean_bits(grades, block or 1) if len(grades) > 1 else grades[0][1]
     grades = grades if len(grades) > 1 else ()
+    if not (bits is None or isinstance(bits, Real)):
+        raise RbeError(f"make_spec: bits {bits!r} is not a number; give a rate, for instance 2")
     nominal = 2.0 if bits is None else float(bits)
     spec = SeedSpec(format, sides, nominal, block, window, rotation, mode, precision, stages, grades)
+    if is_disk(format) and window != 16:  # what a specification without a trellis says
+        raise RbeError(f"make_spec: window {window} belongs to a trellis; {format} has none: leave it out")
     if is_disk(format) and bits is None:
         height, width = spec.block_shape
         spec = replace(spec, bits=64.0 * definition.words(spec) / (height * width))
     definition.check(spec)
     return spec
+
+
+def _sides(shape: Sequence[int]) -> tuple[int, int]:
+    """The two sides as ints.
+
+    Raises:
+        RbeError: there are not two, or one is no whole number.
+    """
+    try:
+        rows, columns = (operator.index(side) for side in shape)
+    except (TypeError, ValueError) as cause:
+        raise RbeError(f"make_spec: shape {shape!r} is not (rows, columns), two whole numbers: {cause}") from cause
+    return rows, columns
 
 
 def _grades(given: tuple[tuple[int | None, float], ...], rows: int) -> Grades:

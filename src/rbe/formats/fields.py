@@ -49,11 +49,15 @@ class Layout:
             int64 (blocks, words).
 
         Raises:
-            RbeError: a field is missing, unknown or out of range.
+            RbeError: a field is missing, unknown, out of range, or not an int64 tensor of the others' shape.
         """
         names = {f.name for word in self.words for f in word}
         if set(values) != names:
             raise RbeError(f"pack: fields {sorted(values)} given, this layout has exactly {sorted(names)}")
+        shape = values[self.words[0][0].name].shape
+        for name, v in values.items():
+            if v.dtype != torch.int64 or v.shape != shape:
+                raise RbeError(f"pack: field {name} is {v.dtype} {tuple(v.shape)}; all fields are int64 {tuple(shape)}")
         packed = []
         for word in self.words:
             total = torch.zeros_like(values[word[0].name])
@@ -102,3 +106,16 @@ def join_floats(high: Tensor, low: Tensor) -> Tensor:
     """The inverse of `split_floats`: float32 (...), (...) to int64 (...)."""
     upper, lower = (part.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF for part in (high, low))
     return (upper << 32) | lower
+
+
+def check_parts(format: str, parts: dict[str, Tensor], shape: tuple[int, ...], code: Tensor | None = None) -> None:
+    """Refuse parts of seeds that are not of one shape, and discrete bits that are not int64 of it.
+
+    Raises:
+        RbeError: a part has another shape or dtype.
+    """
+    if any(part.shape != shape for part in parts.values()):
+        given = ", ".join(str(tuple(part.shape)) for part in parts.values())
+        raise RbeError(f"{format}: {' and '.join(parts)} are of shapes {given}; a seed has one each: give {shape}")
+    if code is not None and (code.dtype != torch.int64 or code.shape != shape):
+        raise RbeError(f"{format}: the code is {code.dtype} {tuple(code.shape)}; it must be int64 {shape}")

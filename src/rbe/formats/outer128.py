@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rbe.disk import check_angle, check_radius, radial_gap
 from rbe.errors import RbeError
-from rbe.formats.fields import Field, Layout, join_floats, split_floats
+from rbe.formats.fields import Field, Layout, check_parts, join_floats, split_floats
 from rbe.formats.spec import SeedSpec
 from rbe.mixing import signs
 
@@ -81,8 +81,9 @@ def join(code: Tensor, radius: Tensor, angle: Tensor, spec: SeedSpec) -> Tensor:
     """The inverse of `split`: radius and angle are rounded to float32.
 
     Raises:
-        RbeError: a radius is outside [0, 1) or not a number, or an angle is not finite.
+        RbeError: a radius is outside [0, 1) or not a number, an angle is not finite, or the shapes differ.
     """
+    check_parts("outer128", {"radius": radius, "angle": angle}, (code.shape[0], spec.stages), code)
     r, theta = radius.detach().to(torch.float32), angle.detach().to(torch.float32)
     check_radius(r, "outer128: radius")
     check_angle(theta, "outer128: angle")

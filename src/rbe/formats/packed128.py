@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rbe.disk import check_angle, check_radius
 from rbe.errors import RbeError
-from rbe.formats.fields import Field, Layout, join_floats, split_floats
+from rbe.formats.fields import Field, Layout, check_parts, join_floats, split_floats
 from rbe.formats.spec import SeedSpec
 
 VERSION = 1
@@ -83,7 +83,7 @@ def code_of(quadrant: Tensor, hyp_freq: Tensor, geo_amp: Tensor, basis_sel: Tens
     """The inverse of `fields`: int64 tensors of one shape to code words of that shape.
 
     Raises:
-        RbeError: a field is out of range.
+        RbeError: a field is out of range, or not an int64 tensor of the others' shape.
     """
     given = {"quadrant": quadrant, "hyp_freq": hyp_freq, "geo_amp": geo_amp, "basis_sel": basis_sel}
     flat = {name: value.flatten() for name, value in {**given, "cordic_seq": cordic_seq}.items()}
@@ -101,8 +101,9 @@ def join(code: Tensor, radius: Tensor, angle: Tensor, spec: SeedSpec) -> Tensor:
     """The inverse of `split`: radius and angle are rounded to float32.
 
     Raises:
-        RbeError: a radius is outside [0, 1) or not a number, or an angle is not finite.
+        RbeError: a radius is outside [0, 1) or not a number, an angle is not finite, or the shapes differ.
     """
+    check_parts("packed128", {"radius": radius, "angle": angle}, (code.shape[0], spec.stages), code)
     r, theta = radius.detach().to(torch.float32), angle.detach().to(torch.float32)
     check_radius(r, "packed128: radius")
     check_angle(theta, "packed128: angle")

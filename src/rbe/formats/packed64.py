@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rbe.disk import check_angle, check_radius, radial, radial_slope
 from rbe.errors import RbeError
-from rbe.formats.fields import Field, Layout
+from rbe.formats.fields import Field, Layout, check_parts
 from rbe.formats.spec import SeedSpec
 from rbe.mixing import fmix32
 
@@ -92,8 +92,9 @@ def join(code: Tensor, radius: Tensor, angle: Tensor, spec: SeedSpec) -> Tensor:
     The error stored is below 2^-32 in r and below 2 pi 2^-32 in theta (at precision 64 limited by float64, 2^-53).
 
     Raises:
-        RbeError: a radius is outside [0, 1) or not a number, or an angle is not finite.
+        RbeError: a radius is outside [0, 1) or not a number, an angle is not finite, or the shapes differ.
     """
+    check_parts("packed64", {"radius": radius, "angle": angle}, (*radius.shape[:1], spec.stages))
     check_radius(radius, "packed64: radius")
     check_angle(angle, "packed64: angle")
     r, turn = radius.double().reshape(-1), (angle.double().reshape(-1) / math.tau) % 1.0

@@ -22,7 +22,7 @@ from rbe.kernels.cpu import tier
 from rbe.kernels.formulas import Calls
 from rbe.kernels.tensors import Tensors, plain, unobserved
 
-__all__ = ["Graded", "Prepared", "Tensors", "decode", "prepare", "reference", "rows", "seed_matmul", "tier"]
+__all__ = ["Graded", "Prepared", "Tensors", "decode", "lasting", "prepare", "reference", "rows", "seed_matmul", "tier"]
 
 ACTIVATIONS = ("float32", "int8")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -98,11 +98,21 @@ def rows(
     return prepare(spec, seeds, scale, row_scale, radius, angle).rows(index)
 
 
+def lasting() -> bool:
+    """Whether what is prepared now may be kept: no compiler, tracer, transform or mode is at work.
+
+    >>> lasting(), torch.func.grad(lambda x: x * lasting())(torch.tensor(1.0)).item()
+    (True, 0.0)
+    """
+    return not torch.compiler.is_compiling() and unobserved()
+
+
 class Prepared:
     """One matrix, checked once, ready to be multiplied often: an eager call costs a few microseconds over the kernel.
 
     It keeps the tensors it was made of and reads their values at every call, so changes in place are seen.
     A module whose tensors may be replaced (moved, reloaded) asks `fits` before each use and prepares again if not.
+    What was prepared under a transform or a mode serves that call alone: `lasting` tells.
 
     >>> spec = SeedSpec("trellis", (20, 33), bits=2)
     >>> tensors = torch.zeros(6, 8, dtype=torch.int64), torch.tensor(1.0), None
@@ -117,7 +127,8 @@ class Prepared:
         self.spec, self.tensors = spec, tensors
         self._native: Any = None
         self._pointers: tuple[int, ...] = ()
-        if torch.compiler.is_compiling() or not all(t is None or (plain(t) and t.is_contiguous()) for t in tensors):
+        # Under a transform or a mode even a slice of a plain tensor is wrapped or fake, and has no address.
+        if not lasting() or not all(t is None or (plain(t) and t.is_contiguous()) for t in tensors):
             return
         if not ops.in_cpp(spec, tensors):
             return
@@ -222,7 +233,7 @@ class Graded:
     def __init__(self, spec: SeedSpec, tensors: Tensors) -> None:
         self.spec, self.tensors = spec, tensors
         seeds, scale, row_scale = tensors[:3]
-        self._seeds = 0 if torch.compiler.is_compiling() else seeds.data_ptr()
+        self._seeds = seeds.data_ptr() if lasting() else 0
         self._parts = [
             (rows, Prepared(part, Tensors(some, scale, None if row_scale is None else row_scale[rows])))
             for rows, some, part in trellis.grades(seeds, spec)

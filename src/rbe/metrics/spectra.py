@@ -22,6 +22,8 @@ from rbe.errors import RbeError
 
 FULL = 2048
 
+# Added to the seeds of probes: a matrix drawn from a generator of the same small number would hold the probes.
+_APART = 0x5EED_0000
 # Of the randomised method: values taken by subspace iteration, iterations, probes of the rest, steps of each.
 _LEADING, _ITERATIONS, _PROBES, _STEPS = 32, 4, 8, 48
 
@@ -33,8 +35,8 @@ class Spectrum:
     Attributes:
         values: descending, float64, as many as the matrix has rows or columns, whichever are fewer.
         error: what may be wrong with them, as a share of their norm: |values - true| <= error |true|. 0 where they are
-            exact; otherwise estimated, from two independent halves of the estimate and from one with half the steps;
-            in tests it is 2 to 4 times what is wrong.
+            exact; otherwise estimated, from halves of the estimate, from one with half the steps, and from one that
+            takes the values to stand in clusters.
         noise: share of the largest value below which a value may be made of rounding.
     """
 
@@ -297,7 +299,7 @@ def _ritz(diagonal: list[float], beside: list[float], steps: int) -> tuple[Tenso
 
 def _largest(forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor], size: int, seed: int) -> float:
     """Largest singular value of a map between vectors of float64."""
-    start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    start = torch.randn(size, generator=torch.Generator().manual_seed(_APART + seed), dtype=torch.float64)
     found = 0.0
     for steps in (24, 48, 96, 192):
         values, _, residuals = _ritz(*_bidiagonal(forward, backward, start, steps), steps)
@@ -312,7 +314,7 @@ def _estimate(a: Tensor, seed: int) -> tuple[Tensor, float]:
     """(singular values, error) of a float64 matrix with at least as many rows as columns."""
     columns = a.shape[1]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(_APART + seed)
         left, leading, right = torch.svd_lowrank(a, q=min(2 * _LEADING, columns), niter=_ITERATIONS)
     known = min(_LEADING, columns // 2)
     left, leading, right = left[:, :known], leading[:known], right[:, :known]
@@ -323,32 +325,47 @@ def _estimate(a: Tensor, seed: int) -> tuple[Tensor, float]:
     def backward(y: Tensor) -> Tensor:
         return a.T @ y - right @ (leading * (left.T @ y))
 
-    draw = torch.Generator().manual_seed(seed + 1)
+    draw = torch.Generator().manual_seed(_APART + seed + 1)
     probes = []
     for _ in range(_PROBES):
         start = torch.randn(columns, generator=draw, dtype=a.dtype)
         start = start - right @ (right.T @ start)
         probes.append(_bidiagonal(forward, backward, start, _STEPS))
     rest = max(0.0, a.square().sum().item() - leading.square().sum().item())
-    whole, one, other, coarse = (
-        torch.cat((leading, _quantiles([_ritz(*p, steps)[:2] for p in some], columns - known, rest)))
-        .sort(descending=True)
-        .values
-        for some, steps in ((probes, _STEPS), (probes[::2], _STEPS), (probes[1::2], _STEPS), (probes, _STEPS // 2))
-    )
+    fine, rough = ([_ritz(*p, steps)[:2] for p in probes] for steps in (_STEPS, _STEPS // 2))
+
+    def joined(some: list[tuple[Tensor, Tensor]], steps: bool = False) -> Tensor:
+        return torch.cat((leading, _quantiles(some, columns - known, rest, steps))).sort(descending=True).values
+
+    # Halves of the probes that share one half of every other pair: 7 differences that know nothing of each other.
+    halves = [
+        joined([p for i, p in enumerate(fine) if (i & k).bit_count() % 2 == 0])
+        - joined([p for i, p in enumerate(fine) if (i & k).bit_count() % 2])
+        for k in range(1, _PROBES)
+    ]
+    whole = joined(fine)
     size = whole.norm().item()
-    wrong = (one - other).norm().item() + (whole - coarse).norm().item()
+    # A miscounted cluster is wrong by the root of the count, for which halves are no more than the root of 2 as wrong.
+    wrong = 1.5 * torch.stack(halves).square().sum(1).mean().sqrt().item()
+    wrong += (whole - joined(rough)).norm().item() + (whole - joined(fine, steps=True)).norm().item()
     # The energy of the rest is a difference, which is known to the root of the rounding.
     return whole, wrong / size + 1e-7 if size > 0 else 0.0
 
 
-def _quantiles(probes: list[tuple[Tensor, Tensor]], count: int, power: float) -> Tensor:
-    """`count` values with the distribution that the probes saw, scaled to the sum of squares they must have."""
+def _quantiles(probes: list[tuple[Tensor, Tensor]], count: int, power: float, steps: bool) -> Tensor:
+    """`count` values with the distribution that the probes saw, scaled to the sum of squares they must have.
+
+    Between what was seen there is a line, or, with `steps`, nothing: right for values in clusters, which a line smears.
+    """
     values = torch.cat([v for v, _ in probes])
     shares = torch.cat([s for _, s in probes]) * (count / len(probes))
     order = values.argsort(descending=True)
     values, shares = values[order], shares[order]
-    at = shares.cumsum(0) - shares / 2
-    found = torch.from_numpy(np.interp(np.arange(count) + 0.5, at.numpy(), values.numpy()))
+    place = torch.arange(count, dtype=torch.float64) + 0.5
+    ends = shares.cumsum(0)
+    if steps:
+        found = values[torch.searchsorted(ends, place).clamp_max(len(values) - 1)]
+    else:
+        found = torch.from_numpy(np.interp(place.numpy(), (ends - shares / 2).numpy(), values.numpy()))
     have = found.square().sum().item()
     return found * math.sqrt(power / have) if have > 0 else found

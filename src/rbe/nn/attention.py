@@ -88,7 +88,7 @@ class MultiheadAttention(nn.Module):
     ) -> None:
         self._arrange(embed_dim, num_heads, dropout, kdim, vdim, batch_first)
         block, rotation = options.get("block", 16), options.get("rotation", (0, 0))
-        together = block is not None and self.head_dim % block == 0 and not rotation[0]
+        together = block is not None and block > 0 and self.head_dim % block == 0 and not rotation[0]
         parts = 1 if together else num_heads
         options = for_matrices(options)
         for name, columns in (("q", embed_dim), ("k", self.kdim), ("v", self.vdim)):
@@ -193,7 +193,7 @@ class MultiheadAttention(nn.Module):
             average_attn_weights is off, or None.
 
         Raises:
-            RbeError: a shape does not fit.
+            RbeError: a shape or a dtype does not fit.
         """
         key = query if key is None else key
         value = key if value is None else value
@@ -247,6 +247,12 @@ class MultiheadAttention(nn.Module):
         """What is added to the scores, (batch or 1, heads or 1, target or 1, source); None for nothing."""
         batch, target = heads.shape[0], heads.shape[-2]
         parts = []
+        for name, given in (("key_padding_mask", padding), ("attn_mask", mask)):
+            if given is not None and given.dtype != torch.bool and not given.is_floating_point():
+                raise RbeError(
+                    f"MultiheadAttention: {name} is {given.dtype}; give torch.bool, True where nobody looks, or floats "
+                    "to add"
+                )
         if padding is not None:
             if padding.shape != (batch, source):
                 raise RbeError(

@@ -214,6 +214,8 @@ class Convolution(Seeded):
                 f"{name}: x is {tuple(x.shape)}; it must have {self.sides} sides after {self.in_channels} channels, "
                 "and may have a batch before them"
             )
+        if not x.is_floating_point():
+            raise RbeError(f"{name}: x is {x.dtype}; convert it to a float dtype, such as torch.float32")
         padding = tuple(before for before, _ in self._ends)
         if self.padding_mode != "zeros" or any(before != after for before, after in self._ends):
             around = [end for ends in reversed(self._ends) for end in ends]

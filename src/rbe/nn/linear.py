@@ -203,6 +203,7 @@ class Linear(Seeded):
         if not (self.trainable and torch.is_grad_enabled()):
             return self
         weight, bias = self.dense(), self.bias if self.bias_seed is None else self.bias_seed()
+        bias = None if bias is None else bias.to(weight.dtype)
 
         def step(x: Tensor) -> Tensor:
             return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)

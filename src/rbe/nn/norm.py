@@ -12,7 +12,7 @@ from rbe.errors import RbeError
 from rbe.formats import packed128
 from rbe.nn.conv import Conv1d, Conv2d
 from rbe.nn.linear import Linear
-from rbe.nn.options import Options, check_names, factory, seeded_vector
+from rbe.nn.options import Options, check_unused, factory, seeded_vector
 from rbe.nn.seeded import SeededVector
 
 # Size of the random part of a fresh gain or shift from seeds: small, so that a fresh norm is nearly the plain one.
@@ -37,7 +37,7 @@ class Affine(nn.Module):
     def __init__(self, shape: int | Sequence[int], gain: bool, shift: bool, parameters: str, options: Options) -> None:
         super().__init__()
         name = type(self).__name__
-        check_names(name, options)
+        check_unused(name, options)
         if parameters not in PARAMETERS:
             raise RbeError(f"{name}: parameters {parameters!r} are not offered; choose one of {', '.join(PARAMETERS)}")
         self.shape = (int(shape),) if isinstance(shape, int) else tuple(int(side) for side in shape)
@@ -120,7 +120,8 @@ class LayerNorm(Affine):
         eps: inside the root; with mode="faithful" it is added to the standard deviation instead (0 is the formula).
         elementwise_affine: whether there is a gain; bias: whether there is a shift beside it.
         parameters: "dense", or "seed" for one seed each.
-        options: as in `Linear`; of the seeds, and mode="faithful".
+        options: as in `Linear`; of the seeds, and mode="faithful". A vector is one seed, whatever bits, block, window
+            and rotation the matrices of a model have.
 
     Raises:
         RbeError: a choice is not offered; on the forward pass, x has other last sides.
@@ -285,8 +286,9 @@ def fold(layer: Layer, norm: BatchNorm | nn.BatchNorm1d | nn.BatchNorm2d) -> Lay
     True
 
     The norm multiplies every output by a factor of its own: it goes into the float16 `row_scale`, so that the seeds
-    stay as they are, with a relative error of at most 2^-11; the largest factor goes into `scale`. The rest is a
-    dense bias.
+    stay as they are; the largest factor goes into `scale`. A factor of at least 2^-14 of the largest is rounded by at
+    most 2^-11 of itself, a smaller one by up to 2^-25 of the largest: below that an output keeps only its offset. The
+    rest is a dense bias.
 
     Raises:
         RbeError: the norm has no running statistics or other channels, or the layer's output side is rotated.

@@ -4,7 +4,9 @@ from typing import Any, TypedDict
 
 import torch
 
+from rbe import formats
 from rbe.errors import RbeError
+from rbe.formats import SeedSpec
 from rbe.nn.seeded import SeededVector
 
 
@@ -28,7 +30,12 @@ class Options(TypedDict, total=False):
 
 
 def for_matrices(options: Options) -> Options:
-    """The options as `Linear` takes them."""
+    """The options as `Linear` takes them.
+
+    Raises:
+        RbeError: a keyword is not known.
+    """
+    check_names("seed layers", options)
     if options.get("format") == "packed64" and options.get("mode") == "faithful":
         return {**options, "mode": None}
     return options
@@ -62,6 +69,25 @@ def check_names(layer: str, options: Options) -> None:
     unknown = sorted(set(options) - set(Options.__annotations__))
     if unknown:
         raise RbeError(f"{layer}: {', '.join(unknown)} is no option; choose from {', '.join(Options.__annotations__)}")
+
+
+def check_unused(layer: str, options: Options) -> None:
+    """Refuse options that no matrix could have, for layers without one.
+
+    A block of layers hands the options of its matrices to its norms too, so what fits a matrix is let through.
+
+    Raises:
+        RbeError: a keyword is not known, or a value is not offered.
+    """
+    check_names(layer, options)
+    known = {name: value for name, value in for_matrices(options).items() if name not in ("device", "dtype")}
+    if isinstance(known.get("bits"), tuple):  # ends of grades are rows of a matrix, of which there is none here
+        del known["bits"]
+    if "format" in known:
+        formats.make_spec(shape=(16, 16), **known)  # type: ignore[arg-type]
+    else:
+        bits = known.pop("bits", None)
+        SeedSpec("packed64", (16, 16), **{"bits": 1.0 if bits is None else bits, **known})  # type: ignore[arg-type]
 
 
 def factory(options: Options) -> dict[str, Any]:

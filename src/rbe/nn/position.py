@@ -35,6 +35,8 @@ def _span(x: Tensor, d_model: int, batch_first: bool, start: int) -> Tensor:
     """The positions along x (sequence, d), (batch, sequence, d) or (sequence, batch, d)."""
     if x.ndim not in (2, 3) or x.shape[-1] != d_model:
         raise RbeError(f"positional encoding: x is {tuple(x.shape)}; it must be 2-D or 3-D with {d_model} features")
+    if not x.is_floating_point():
+        raise RbeError(f"positional encoding: x is {x.dtype}; convert it to a float dtype, such as torch.float32")
     if start < 0:
         raise RbeError(f"positional encoding: start {start} is negative; the first position is 0")
     length = x.shape[1] if x.ndim == 3 and batch_first else x.shape[0]
@@ -57,11 +59,16 @@ class SinusoidalEncoding(nn.Module):
         dropout: probability with which sums are dropped in training.
         batch_first: x is (batch, sequence, features) instead of (sequence, batch, features).
 
+    Raises:
+        RbeError: there are no features; on the forward pass, x does not fit.
+
     Source: 000 section 5.7.1.
     """
 
     def __init__(self, d_model: int, dropout: float = 0.0, batch_first: bool = False) -> None:
         super().__init__()
+        if d_model < 1:
+            raise RbeError(f"SinusoidalEncoding: {d_model} features; there must be 1 at least")
         self.d_model, self.batch_first = d_model, batch_first
         self.dropout = nn.Dropout(dropout)
 

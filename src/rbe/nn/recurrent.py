@@ -246,6 +246,11 @@ class Recurrent(nn.Module):
         if start is None:
             return (x.new_zeros(shape),) * self.states
         wanted = shape if batched else (shape[0], shape[2])
+        if not isinstance(start, tuple | list) or len(start) != self.states or not all(map(torch.is_tensor, start)):
+            form = "(h, c), two tensors" if self.states == 2 else "one tensor"
+            raise RbeError(
+                f"{type(self).__name__}: the state is not {form} {wanted}; give it as the last call returned it"
+            )
         for state in start:
             if tuple(state.shape) != wanted:
                 raise RbeError(f"{type(self).__name__}: a state is {tuple(state.shape)}; it must be {wanted}")

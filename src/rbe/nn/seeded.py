@@ -18,6 +18,7 @@ from rbe.kernels import latent
 from rbe.matrix import SeedMatrix
 from rbe.nn.init import fresh_points, unit_scale
 from rbe.nn.latents import LATENT, fresh_latents
+from rbe.nn.stored import check_stored, convert_state, rounded
 from rbe.outliers import BYTES, Outliers
 
 ACTIVATIONS = ("float32", "int8")
@@ -157,7 +158,8 @@ class Seeded(nn.Module):
         >>> [name for name, _ in layer.unfreeze().named_parameters()]
         ['radius', 'angle', 'scale', 'bias']
 
-        Optimizers made before do not know the new Parameters.
+        Optimizers made before do not know the new Parameters. They are float32: points of packed64, which have more
+        digits, are rounded, those next to the rim to 1 - 2^-24.
 
         Raises:
             RbeError: the format has no radius and angle.
@@ -168,7 +170,7 @@ class Seeded(nn.Module):
             code, radius, angle = definition.split(owner.seeds, self.spec)
             scale = owner.scale
             del owner.seeds, owner.scale
-            owner._open(code, radius.to(torch.float32), angle.to(torch.float32), scale.clone())
+            owner._open(code, rounded(radius), angle.to(torch.float32), scale.clone())
             # The order in which files and optimizers see them: those of the seeds first.
             for name in [n for n in owner._parameters if n not in ("latent", "radius", "angle", "scale")]:
                 owner._parameters[name] = owner._parameters.pop(name)
@@ -345,7 +347,10 @@ class Seeded(nn.Module):
             return kernels.prepare(self.spec, seeds, scale, row_scale)
         prepared = owner._prepared
         if prepared is None or not prepared.fits(seeds, scale, row_scale):
-            prepared = owner._prepared = kernels.prepare(self.spec, seeds, scale, row_scale)
+            prepared = kernels.prepare(self.spec, seeds, scale, row_scale)
+            if kernels.lasting():
+                check_stored(self.spec, seeds, scale, row_scale)
+                owner._prepared = prepared
         return prepared
 
     def __getattr__(self, name: str) -> Any:
@@ -374,26 +379,16 @@ class Seeded(nn.Module):
                 f"{self.spec}; compress both models with the same settings, or use rbe.save and rbe.load"
             )
             return
-        self._convert_state(state_dict, prefix)
+        try:
+            check_stored(self.spec, *(state_dict.get(prefix + name) for name in ("seeds", "scale", "row_scale")))
+        except RbeError as wrong:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {wrong}")
+            return
+        if not self._owner and formats.is_disk(self.spec.format):
+            convert_state(state_dict, prefix, self.spec, self.trainable)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-    def _convert_state(self, state_dict: Any, prefix: str) -> None:
-        """A state of frozen seeds opens for an open layer, and an open one packs for a frozen layer."""
-        if self._owner or not formats.is_disk(self.spec.format):
-            return
-        definition = formats.disk(self.spec.format)
-        if self.trainable and f"{prefix}seeds" in state_dict:
-            code, radius, angle = definition.split(state_dict.pop(f"{prefix}seeds"), self.spec)
-            bits = {"latent": LATENT * outer128.sign_bits(code, self.spec)} if definition.SIGNS else {"code": code}
-            for name, part in {**bits, "radius": radius, "angle": angle}.items():
-                state_dict[f"{prefix}{name}"] = part
-        elif not self.trainable and all(f"{prefix}{name}" in state_dict for name in ("radius", "angle")):
-            name = "latent" if definition.SIGNS else "code"
-            code, radius, angle = (state_dict.pop(f"{prefix}{name}") for name in (name, "radius", "angle"))
-            code = outer128.code_of(code, self.spec) if definition.SIGNS else code
-            state_dict[f"{prefix}seeds"] = definition.join(code, radius, angle, self.spec)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers.get(name) for name in ("scale", "row_scale", "outlier_values")}

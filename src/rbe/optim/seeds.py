@@ -136,7 +136,8 @@ def guard(
 
     Before a step the gradients of radius and angle, summed over as many backward passes as there were, get the decay
     term, are scaled by the inverse metric, damped near the rim and clipped, in this order. After it the radius is
-    clipped and the angle wrapped. `.grad` is as backward left it again when `step` returns.
+    clipped and the angle wrapped; what has requires_grad=False stays as it is. `.grad` is as backward left it again
+    when `step` returns.
 
     Args:
         optimizer: any whose `step()` uses `.grad`, such as Adam or SGD.
@@ -163,10 +164,9 @@ def guard(
             raise RbeError(
                 "guard: step(closure) makes new gradients after they were treated; call backward() first, then step()"
             )
-        moving = [one for one in found if one.radius.grad is not None and one.angle.grad is not None]
-        saved[:] = [(p, p.grad) for one in moving for p in (one.radius, one.angle)]
+        saved[:] = [(p, p.grad) for one in found for p in (one.radius, one.angle) if p.grad is not None]
         with torch.no_grad():
-            for one in moving:
+            for one in found:
                 _treat(one, riemannian, boundary_damping, boundary, weight_decay)
         seeds = [p for p, _ in saved]
         if clip_norm is not None and seeds:
@@ -180,18 +180,19 @@ def guard(
         saved.clear()
         with torch.no_grad():
             for one in found:
-                one.radius.clamp_(one.least, one.most)
-                one.angle.copy_(wrap(one.angle))
+                if one.radius.requires_grad:
+                    one.radius.clamp_(one.least, one.most)
+                if one.angle.requires_grad:
+                    one.angle.copy_(wrap(one.angle))
 
     handles = (optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after))
     return Guard(found, handles)
 
 
 def _treat(one: Points, riemannian: bool, strength: float, threshold: float, decay: float) -> None:
-    """Put new gradients in place of those of one module."""
+    """Put new gradients in place of those of one module; of radius and angle either may have none."""
     radius = one.radius.detach()
-    assert one.radius.grad is not None and one.angle.grad is not None
-    outward, around = one.radius.grad.clone(), one.angle.grad.clone()
+    outward, around = (torch.zeros_like(radius) if p.grad is None else p.grad.clone() for p in (one.radius, one.angle))
     if decay:
         outward += 2 * decay * torch.atanh(radius) / disk.radial_gap(radius)
     if riemannian:
@@ -199,7 +200,8 @@ def _treat(one: Points, riemannian: bool, strength: float, threshold: float, dec
     if strength:
         # A step goes against the gradient: a negative one moves outwards.
         outward = torch.where(outward < 0, outward * damping(radius, strength, threshold), outward)
-    one.radius.grad, one.angle.grad = outward, around
+    for p, grad in ((one.radius, outward), (one.angle, around)):
+        p.grad = None if p.grad is None else grad
 
 
 def _check(

@@ -20,8 +20,9 @@ from rbe.search.viterbi import Encoded, _rotate_, _rotation, _row_scale_, _sourc
 
 # Numbers in the tables of a chunk of blocks.
 _CHUNK = 1 << 20
-# Cells up to which blocks may be larger than their matrix, whatever its size, and how many times larger beyond.
-_PADDED, _TIMES = 1 << 24, 16
+# Cells up to which blocks may be larger than their matrix, whatever its size, which take seconds; and how many times
+# larger beyond.
+_PADDED, _TIMES = 1 << 20, 16
 # Share of the time that goes by before the seeds are packed, for the progress shown.
 _SEARCHING = 0.7
 

@@ -12,6 +12,7 @@ Source: 001 section 8.7.1; reading 46 of the sources: a seed of a whole matrix c
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -22,6 +23,7 @@ from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.search.blocks import Blocks, cut
 from rbe.search.disk import fit
+from rbe.search.linear_map import product
 from rbe.search.viterbi import _source
 
 # Weights generated at a time.
@@ -104,6 +106,8 @@ class QuadTree:
     ) -> Self:
         """Split blocks until every cell is within its threshold, or the block is of the smallest edge.
 
+        `over` says which blocks of the smallest edge are not within it.
+
         Args:
             W: (rows, columns), rows being outputs as in torch; any real floating dtype, finite.
             epsilon: error allowed to a small weight, in the units of W.
@@ -114,15 +118,12 @@ class QuadTree:
         Raises:
             RbeError: the matrix or an option is not offered.
         """
-        if not (math.isfinite(epsilon) and epsilon >= 0 and math.isfinite(alpha) and alpha >= 0):
-            raise RbeError(f"quad-tree: epsilon {epsilon} and alpha {alpha} must be finite and not negative")
+        _check_threshold(epsilon, alpha)
         depth = int(math.log2(largest // smallest)) if 1 <= smallest <= largest else -1
         if depth < 0 or smallest << depth != largest:
             raise RbeError(f"quad-tree: edges {largest} to {smallest} do not halve into each other; give 64 and 4, say")
         x, exponent = _source(W)
-        threshold = math.ldexp(epsilon, -exponent) * (
-            1.0 + alpha * x.double().abs() / max(float(x.abs().max()), 1e-300)
-        )
+        threshold = _thresholds(x, exponent, epsilon, alpha)
         spec = formats.make_spec(format, (x.shape[0], x.shape[1]), block=largest, mode=mode, stages=stages)
         levels, place = [], torch.arange(spec.blocks)
         for k in range(depth + 1):
@@ -135,6 +136,33 @@ class QuadTree:
             levels.append(Level(largest >> k, split[:0] if last else split, seeds[~split], stored))
             place = _children(place[split], here)
         return cls(spec, tuple(levels))
+
+    def over(self, W: Tensor, epsilon: float, alpha: float = 0.0) -> Tensor:
+        """Which blocks of the smallest edge have a cell above its threshold, since nothing smaller could be split.
+
+        >>> W = torch.zeros(64, 64)
+        >>> W[:4, 32:36] = torch.eye(4)
+        >>> QuadTree.fit(W, epsilon=0.1, largest=32, smallest=4).over(W, epsilon=0.1).tolist()
+        [[0, 32]]
+
+        Args:
+            W, epsilon, alpha: as given to `fit`; every larger block is within its thresholds.
+
+        Returns:
+            int64 (blocks, 2): row and column of the first cell of each, in row-major order.
+
+        Raises:
+            RbeError: the matrix is not of the tree's shape, or a threshold is not offered.
+        """
+        _check_threshold(epsilon, alpha)
+        x, exponent = _source(W)
+        if tuple(x.shape) != self.spec.shape:
+            raise RbeError(f"quad-tree: the matrix is {tuple(x.shape)}, but the tree is of one {self.spec.shape}")
+        *_, (spec, place, level) = self._leaves()
+        limits = cut(_thresholds(x, exponent, epsilon, alpha), spec).values[place]
+        bad = _exceeds(cut(x, spec).part(place), limits, level.seeds, math.ldexp(level.scale.item(), -exponent))
+        found = place[bad].sort().values
+        return level.edge * torch.stack([found // spec.grid[1], found % spec.grid[1]], 1)
 
     @property
     def nbytes(self) -> int:
@@ -158,25 +186,34 @@ class QuadTree:
         return out[: self.spec.shape[0], : self.spec.shape[1]].clone()
 
     def matmul(self, x: Tensor) -> Tensor:
-        """The product with x (..., columns): (..., rows) in x's dtype; some blocks are generated at a time.
+        """The product with x (..., columns): (..., rows) in x's dtype, differentiable in x.
+
+        Some blocks are generated at a time.
 
         Raises:
             RbeError: x has the wrong width or dtype.
         """
-        rows, columns = self.spec.shape
+        columns = self.spec.shape[1]
         if x.ndim < 1 or x.shape[-1] != columns or not x.is_floating_point():
             raise RbeError(f"quad-tree: x is {x.dtype} {tuple(x.shape)}; it must be (..., {columns})")
-        flat = torch.zeros(x.numel() // columns, self._outer[1])
-        flat[:, :columns] = x.detach().reshape(-1, columns)
-        y = torch.zeros(len(flat), self._outer[0])
+        return product(x, self._times, partial(self._times, transposed=True))
+
+    def _times(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """x W^T, or x W where transposed, in x's dtype."""
+        ends, outer = (self.spec.shape, self._outer) if transposed else (self.spec.shape[::-1], self._outer[::-1])
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        flat = torch.zeros(x.shape[:-1].numel(), outer[0], dtype=dtype)
+        flat[:, : ends[0]] = x.reshape(-1, ends[0])
+        y = torch.zeros(len(flat), outer[1], dtype=dtype)
         for spec, place, level in self._leaves():
-            from_ = flat.reshape(len(flat), -1, level.edge)
-            to = y.view(len(flat), -1, level.edge)
+            from_, to = (part.view(len(flat), -1, level.edge) for part in (flat, y))
             row, column = place // spec.grid[1], place % spec.grid[1]
+            reads, writes = (row, column) if transposed else (column, row)
             for part in _parts(len(place), level.edge * max(1, len(flat) // level.edge)):
-                weights = _generate(level, part, spec).float()
-                to.index_add_(1, row[part], torch.einsum("bij,nbj->nbi", weights, from_[:, column[part]]))
-        return y[:, :rows].to(x.dtype).reshape(*x.shape[:-1], rows)
+                weights = _generate(level, part, spec).to(dtype)
+                weights = weights if transposed else weights.mT
+                to.index_add_(1, writes[part], torch.einsum("bij,nbi->nbj", weights, from_[:, reads[part]]))
+        return y[:, : ends[1]].to(x.dtype).reshape(*x.shape[:-1], ends[1])
 
     @property
     def _outer(self) -> tuple[int, int]:
@@ -227,6 +264,17 @@ class QuadTree:
         if len(seeds) or flags.any():
             raise RbeError(f"quad-tree: {len(seeds)} seeds more than the tree has leaves; the source is damaged")
         return cls(spec, tuple(levels))
+
+
+def _check_threshold(epsilon: float, alpha: float) -> None:
+    if not (math.isfinite(epsilon) and epsilon >= 0 and math.isfinite(alpha) and alpha >= 0):
+        raise RbeError(f"quad-tree: epsilon {epsilon} and alpha {alpha} must be finite and not negative")
+
+
+def _thresholds(x: Tensor, exponent: int, epsilon: float, alpha: float) -> Tensor:
+    """The error allowed to every cell of W = x 2^exponent, in the units of x."""
+    most = max(float(x.abs().max()), 1e-300)
+    return math.ldexp(epsilon, -exponent) * (1.0 + alpha * x.double().abs() / most)
 
 
 def _at_edge(spec: SeedSpec, edge: int) -> SeedSpec:

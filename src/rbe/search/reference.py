@@ -135,6 +135,14 @@ def multi_start(
 ) -> Starts:
     """Levenberg-Marquardt from several points of the disk.
 
+    >>> from rbe import formats
+    >>> from rbe.search.blocks import cut
+    >>> spec = formats.make_spec("packed64", (16, 16))
+    >>> blocks = cut(0.8 * formats.packed64.modulation(16, 16, 0), spec)  # one seed makes it without an error
+    >>> found = multi_start(Problem(blocks, torch.empty(1, 0, dtype=torch.int64)), starts=4)
+    >>> found.fit.loss.item() < 1e-9, found.success.item(), found.probability(16).item()
+    (True, 1.0, 1.0)
+
     Args:
         problem: blocks and discrete bits, one stage.
         starts: points a block, r = sqrt(u), theta = 2 pi v.

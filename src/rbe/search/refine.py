@@ -7,6 +7,7 @@ Sources: K. Levenberg 1944, D. Marquardt 1963; G. Becigneul, O.-E. Ganea, Rieman
 2019; 001 sections 8.3.2 (when to stop) and 8.6.1 (the map of the radius), 003 section 4.2.2 (condition of the steps).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,11 @@ LARGEST_RADIUS = {"packed64": 0.999, "packed128": 0.99}
 class Stop:
     """When a fit of one block ends; the loss is the squared error relative to the block's energy.
 
+    >>> spec = formats.make_spec("packed128", (16, 16), mode="faithful")
+    >>> radius = torch.tensor([0.5, 0.9], dtype=torch.float64)
+    >>> (condition(radius, spec) <= Stop(condition=2.0).condition).tolist()  # where a fit with this C_max may go
+    [True, False]
+
     Attributes:
         gradient: it has converged where the Riemannian gradient of the loss is shorter than this (epsilon),
         change: or where an accepted step changes the loss by less than this (delta).
@@ -40,10 +46,15 @@ class Stop:
     rim: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.rim < 0 or self.condition < 1:
+        # Asked the positive way round, which NaN fails.
+        if not (self.steps >= 0 and 0 <= self.rim < math.inf and self.condition >= 1):
             raise RbeError(
                 f"Stop: steps {self.steps} and rim {self.rim} must not be negative, condition {self.condition} not "
-                "below 1, the best there is"
+                "below 1, the best there is, and none may be NaN"
+            )
+        if not (self.gradient >= 0 and self.change >= 0):
+            raise RbeError(
+                f"Stop: gradient {self.gradient} and change {self.change} must not be negative or NaN; 0 never stops"
             )
 
 
@@ -223,6 +234,8 @@ def levenberg_marquardt(problem: Problem, radius: Tensor, angle: Tensor, stop: S
         step = torch.linalg.solve(matrix + torch.diag_embed(extra), pull[..., None])[..., 0]
         d_s, d_angle = step.chunk(2, 1)
         there, turned = through_origin(here + d_s, turn + d_angle)
+        # Where weights hardly feel the angle steps are huge; whole turns, which change none, would cost it its digits.
+        turned = turned.fmod(2 * torch.pi)
         there = rim.inside(there)
         value = now.loss(rim.radius(there), turned)
         better = (value < loss[live]) & _allowed(now, rim.radius(there), stop)

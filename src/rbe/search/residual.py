@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from rbe.errors import RbeError
 from rbe.matrix import SeedMatrix
+from rbe.search.linear_map import product
 
 # The index of a coefficient is int32.
 _MOST_CELLS = 1 << 31
@@ -119,6 +120,13 @@ class Side:
         return c[..., : self.size]
 
 
+def _through(x: Tensor, first: Side, coefficients: Callable[[torch.dtype], Tensor], last: Side) -> Tensor:
+    """T_last^T C T_first x over the last side, in x's dtype."""
+    flat = x.reshape(-1, first.size).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    turned = torch.sparse.mm(coefficients(flat.dtype), first.forward(flat).T).T
+    return last.back(turned.contiguous()).to(x.dtype).reshape(*x.shape[:-1], last.size)
+
+
 def _side(basis: str, size: int) -> Side:
     """The transform of a side, with as many levels as make sense."""
     if basis in ("dct", "identity"):
@@ -188,8 +196,8 @@ class SparseResidual:
         """
         if W.ndim != 2 or W.numel() == 0 or not bool(W.isfinite().all()):
             raise RbeError(f"residual: the matrix {tuple(W.shape)} must be 2-D, not empty, and finite")
-        if keep < 0:
-            raise RbeError(f"residual: keep is {keep}; give the number of coefficients, 0 or more")
+        if type(keep) is not int or keep < 0:
+            raise RbeError(f"residual: keep is {keep!r}; give the number of coefficients, a whole one, 0 or more")
         out, in_ = _side(basis, W.shape[0]), _side(basis, W.shape[1])
         if out.padded * in_.padded >= _MOST_CELLS:
             raise RbeError(f"residual: {tuple(W.shape)} has too many coefficients for 32-bit positions; split it")
@@ -225,17 +233,22 @@ class SparseResidual:
         return in_.back(table.contiguous())
 
     def matmul(self, x: Tensor) -> Tensor:
-        """The product with x (..., columns): (..., rows) in x's dtype; no dense matrix is made.
+        """The product with x (..., columns): (..., rows) in x's dtype, differentiable in x; no dense matrix is made.
 
         Raises:
             RbeError: x has the wrong width.
         """
         if x.ndim < 1 or x.shape[-1] != self.shape[1] or not x.is_floating_point():
             raise RbeError(f"residual: x is {x.dtype} {tuple(x.shape)}; it must be (..., {self.shape[1]})")
+        return product(x, self._times, self._times_transposed)
+
+    def _times(self, x: Tensor) -> Tensor:
         out, in_ = self._sides
-        flat = x.detach().reshape(-1, self.shape[1]).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        turned = torch.sparse.mm(self._coefficients(flat.dtype), in_.forward(flat).T).T
-        return out.back(turned.contiguous()).to(x.dtype).reshape(*x.shape[:-1], self.shape[0])
+        return _through(x, in_, self._coefficients, out)
+
+    def _times_transposed(self, y: Tensor) -> Tensor:
+        out, in_ = self._sides
+        return _through(y, out, lambda dtype: self._coefficients(dtype).t(), in_)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
@@ -310,5 +323,5 @@ class Corrected:
         return self.matrix.decode() + self.residual.decode()
 
     def matmul(self, x: Tensor) -> Tensor:
-        """The product with x (..., columns): (..., rows) in x's dtype."""
+        """The product with x (..., columns): (..., rows) in x's dtype, differentiable in x."""
         return self.matrix.matmul(x) + self.residual.matmul(x)
