@@ -329,20 +329,28 @@ def load(
 ) -> Any:
     """Load a compressed transformers folder as the class its configuration names, in evaluation mode.
 
+    Every byte is compared with its checksum first; a folder of `save_pretrained` alone has none.
+
     Args:
-        folder: what `rbe compress` or `rbe.save` wrote.
+        folder: what `rbe compress`, `rbe.save` or `save_pretrained` wrote.
         activations: "float32" (exact) or "int8" (faster).
         model_class: another transformers class, for instance `transformers.AutoModel`.
         kwargs: for `from_pretrained`.
 
     Raises:
         RbeError: the folder is not a compressed transformers model.
+        CorruptFile: anything was changed.
     """
-    folder = Path(folder)
+    return _open(Path(folder), activations, model_class, check=True, **kwargs)
+
+
+def _open(folder: Path, activations: str = "float32", model_class: Any = None, *, check: bool, **kwargs: Any) -> Any:
     config = _read_config(folder)
     about = config.get("quantization_config")
     if not isinstance(about, dict) or about.get("quant_method") != METHOD:
         raise RbeError(f"load: {folder} is not a compressed model (its config.json has no rbe quantization_config)")
+    if check and checkpoint.has_checksums(folder):
+        checkpoint.check_files(folder)
     if model_class is None:
         name = architecture(config) or "AutoModel"
         model_class = getattr(transformers, name, None)
@@ -393,7 +401,8 @@ def fingerprint(folder: str | Path) -> dict[str, Any]:
     Raises:
         RbeError: the folder is not a compressed model, or it does not take token ids.
     """
-    return _answer(load(folder, dtype=torch.float32))
+    # Whoever asks has just written the folder, or checked it.
+    return _answer(_open(Path(folder), check=False, dtype=torch.float32))
 
 
 def fingerprint_of(model: Any) -> dict[str, Any] | None:

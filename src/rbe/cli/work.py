@@ -94,13 +94,13 @@ _PARTS = ("seeds", "scales", "row scales", "outliers", "norms", "biases", "other
 
 
 def holding(folder: Path) -> Holding:
-    """Read what a compressed folder holds, from index and headers.
+    """Read what a compressed folder holds, every byte checked.
 
     Raises:
         RbeError: it is not a compressed folder, or damaged.
     """
     require_seeds(folder)
-    opened = checkpoint.open_tensors(folder)
+    opened = checkpoint.check_files(folder)
     seeds = {
         name: _OURS[name.rpartition(".")[2]]
         for module, (spec, entry) in checkpoint.specs(opened.config).items()
