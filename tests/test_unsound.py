@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers", reason="the models are transformers models")
 typer_testing = pytest.importorskip("typer.testing", reason="the command line is built on typer")
 
 import rbe as library  # noqa: E402
 import rbe.hf  # noqa: E402
-from rbe import convert  # noqa: E402
+from rbe import checkpoint, convert  # noqa: E402
 from rbe.cli.app import app  # noqa: E402
 from rbe.errors import CorruptFile  # noqa: E402
 
@@ -74,3 +75,39 @@ def test_a_folder_of_save_pretrained_is_told_apart_from_a_broken_one(gpt2: Path,
         told = rbe_fails(command, tmp_path / "plain")
         assert "written by save_pretrained" in told and "rbe.save" in told and "fetch" not in told
     library.hf.load(tmp_path / "plain")
+
+
+def lacking(gpt2: Path, folder: Path, name: str) -> Path:
+    """A copy of a dense folder without one of its tensors."""
+    shutil.copytree(gpt2, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(name)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_what_a_source_lacks_is_said_and_its_random_answer_is_not_stored(gpt2: Path, tmp_path: Path) -> None:
+    name = "transformer.h.1.mlp.c_fc.weight"
+    done = convert.compress(lacking(gpt2, tmp_path / "dense", name), tmp_path / "seeds", effort="fast", threads=1)
+    assert any(name in remark and "random" in remark for remark in done.remarks)
+    assert done.fingerprint is None and checkpoint.verify(tmp_path / "seeds", answers=library.hf.check_fingerprint).ok
+    whole = convert.compress(gpt2, tmp_path / "whole", effort="fast", threads=1)
+    assert whole.remarks == () and whole.fingerprint is not None  # the head is tied to the table
+
+
+def test_an_answer_that_does_not_hang_on_what_is_lacking_is_stored(bert: Path, tmp_path: Path) -> None:
+    source = lacking(bert, tmp_path / "dense", "pooler.dense.weight")
+    done = convert.compress(source, tmp_path / "seeds", effort="fast", threads=1)
+    assert any("pooler.dense.weight" in remark for remark in done.remarks)
+    assert done.fingerprint is not None and done.fingerprint["output"] == "last_hidden_state"
+    assert checkpoint.verify(tmp_path / "seeds", answers=library.hf.check_fingerprint).ok
+
+
+def test_a_wrong_answer_names_what_the_folder_lacks(gpt2: Path, tmp_path: Path) -> None:
+    source = lacking(gpt2, tmp_path / "dense", "transformer.h.0.mlp.c_proj.bias")
+    convert.compress(source, tmp_path / "seeds", effort="fast", threads=1)
+    convert.compress(gpt2, tmp_path / "whole", effort="fast", threads=1)
+    stored = checkpoint.read_fingerprint(tmp_path / "whole")
+    assert stored is not None
+    told = library.hf.check_fingerprint(tmp_path / "seeds", {**stored, "norm": 2 * stored["norm"]})
+    assert told is not None and "transformer.h.0.mlp.c_proj.bias" in told

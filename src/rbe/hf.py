@@ -360,7 +360,8 @@ def _open(folder: Path, activations: str = "float32", model_class: Any = None, *
                 "version that has it"
             )
     model = model_class.from_pretrained(folder, local_files_only=True, **kwargs)
-    set_activations(model, activations)
+    # With output_loading_info=True it is a pair.
+    set_activations(model[0] if isinstance(model, tuple) else model, activations)
     return model
 
 
@@ -461,7 +462,9 @@ def check_fingerprint(
     expected = expected or checkpoint.read_fingerprint(Path(folder))
     if expected is None:
         return None
-    now = fingerprint(folder)
+    model, info = _open(Path(folder), check=False, dtype=torch.float32, output_loading_info=True)
+    now = _answer(model)
+    lost = sorted(info["missing_keys"])
     for key in ("class", "output", "shape"):
         if now[key] != expected.get(key):
             return f"fingerprint: {key} is {now[key]}, it was {expected.get(key)} when the folder was written"
@@ -474,6 +477,11 @@ def check_fingerprint(
     if not worst <= tolerance:
         return (
             f"fingerprint: the model's outputs differ from those when the folder was written by {worst:.2g} of their "
-            f"size (allowed {tolerance:g}); the weights are not the ones that were stored"
+            f"size (allowed {tolerance:g}); "
+            + (
+                f"the folder lacks {', '.join(lost[:3])}, which transformers fills with random numbers"
+                if lost
+                else "the weights are not the ones that were stored"
+            )
         )
     return None

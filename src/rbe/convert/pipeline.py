@@ -229,7 +229,7 @@ def compress(
                 raise RbeError(f"{src} was changed while it was read; run again, and leave it alone meanwhile")
             out = work / "out"
             assemble(out, dense, roles, plan, journal, settings, shard_size, tell)
-            answer = ask(out, dense, fingerprint, remarks)
+            answer = ask(out, dense, fingerprint, remarks, roles.missing)
             checkpoint.write_fingerprint(out, answer)
             tell(Progress("write", "checking"))
             checkpoint.check_files(out)
