@@ -111,3 +111,19 @@ def test_a_wrong_answer_names_what_the_folder_lacks(gpt2: Path, tmp_path: Path) 
     assert stored is not None
     told = library.hf.check_fingerprint(tmp_path / "seeds", {**stored, "norm": 2 * stored["norm"]})
     assert told is not None and "transformer.h.0.mlp.c_proj.bias" in told
+
+
+def test_eval_refuses_a_model_of_another_kind(gpt2: Path, bert: Path, tmp_path: Path) -> None:
+    convert.compress(gpt2, tmp_path / "seeds", effort="fast", threads=1)
+    told = rbe_fails("eval", tmp_path / "seeds", "--against", bert)
+    assert "is a gpt2" in told and "a bert" in told and "Traceback" not in told
+
+
+def test_eval_says_what_it_ran_on_and_how_much_memory_it_took(gpt2: Path, tmp_path: Path) -> None:
+    convert.compress(gpt2, tmp_path / "seeds", effort="fast", threads=1)
+    command = ["eval", str(tmp_path / "seeds"), "--against", str(gpt2), "--limit", "40"]
+    shown = typer_testing.CliRunner().invoke(app, command).stdout
+    assert "run on built-in text, " in shown and "--text" in shown and "peak memory" in shown
+    (tmp_path / "seeds" / "tokenizer.json").unlink()
+    told = json.loads(typer_testing.CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert told["text"] == "built in" and told["peak_memory"]["seeds"] > 0

@@ -293,7 +293,7 @@ def report(
             memory_line(trial.peak_memory(source), trial.peak_memory(folder)),
         ]
         cards = [headline(found)]
-        facts.append(("compared with", str(source)))
+        facts += [("compared with", str(source)), ("run on", _run_on(found, text, tokenizer))]
     elif text is not None or limit is not None:
         raise RbeError("--text and --limit compare two models; give the dense one with --against SRC")
     facts += [(name, str(value)) for name, value in trial.machine().items()]
@@ -341,32 +341,50 @@ def evaluate(folder: Path, source: Path, text: Path | None, limit: int | None, a
     if not (trial.is_model(folder) and trial.is_model(source)):
         _evaluate_tensors(folder, source, as_json)
         return
-    lines = trial.read_lines(text)
+    given = trial.read_lines(text)
     ours, theirs = (trial.read_config(one).get("model_type") for one in (folder, source))
     if ours != theirs:
-        print(f"rbe: {folder} is a {ours} and {source} a {theirs}: is it the source?", file=sys.stderr)
+        raise RbeError(f"{folder} is a {ours} and {source} a {theirs}; give the dense model that it was made from")
     dense, model = trial.load(source), _load_seeds(folder, activations)
     trial.refuse_unfed(model)
     tokenizer = trial.load_tokenizer(folder, source)
     with show.Steps(
         "comparing", "tokens" if fidelity.kind_of(dense) == "language model" else "texts", as_json
     ) as steps:
-        found = fidelity.compare(model, dense, tokenizer, lines, limit=limit, progress=steps)
+        found = fidelity.compare(model, dense, tokenizer, given, limit=limit, progress=steps)
     speeds = trial.speed({"dense": dense, "seeds": model}, tokenizer)
+    memory = _peaks(source, folder, activations)
     if as_json:
         show.machine(
             {
                 "folder": folder,
                 "against": source,
                 "activations": activations,
+                "text": None if tokenizer is None else text or "built in",
                 "fidelity": found.to_json(),
                 "speed": [s.to_json() for s in speeds],
+                "peak_memory": {"dense": memory[0].model, "seeds": memory[1].model},
                 "machine": trial.machine(),
             }
         )
         return
-    rows = [[c.what, c.dense, c.compressed, c.remark] for c in comparisons(found, speeds, "seeds")]
+    lines = [*comparisons(found, speeds, "seeds"), memory_line(*memory)]
+    rows = [[c.what, c.dense, c.compressed, c.remark] for c in lines]
     show.table(f"{folder} against {source}", ("", "dense", "in seeds", ""), rows, left=(0, 3))
+    show.line(f"run on {_run_on(found, text, tokenizer)}")
+
+
+def _peaks(source: Path, folder: Path, activations: str) -> tuple[measure.Memory, measure.Memory]:
+    """Peak memory of the dense model and of the one in seeds."""
+    return trial.peak_memory(source), trial.peak_memory(folder, activations)
+
+
+def _run_on(found: fidelity.Fidelity, text: Path | None, tokenizer: Any) -> str:
+    """What a comparison was made on, for people."""
+    amount = f"{found.samples:,} {found.unit}"
+    if tokenizer is None:
+        return f"random tokens, {amount}: no tokenizer in the folders"
+    return f"{text}, {amount}" if text is not None else f"built-in text, {amount}; give another with --text FILE"
 
 
 def comparisons(found: fidelity.Fidelity, speeds: list[trial.Speed], name: str) -> list["page.Comparison"]:
