@@ -122,8 +122,13 @@ def require_seeds(folder: Path) -> None:
     """Tell a dense model folder, given by mistake, from a damaged compressed one.
 
     Raises:
-        RbeError: it is a dense one.
+        RbeError: it is a dense one, or a run of `rbe train`.
     """
+    if all((folder / name).is_file() for name in ("result.json", "model.pt")):
+        raise RbeError(
+            f"{folder} is a run of rbe train, no compressed folder; make one of it in Python: "
+            f"rbe.save(rbe.train.load({str(folder)!r}), 'NEW_FOLDER')"
+        )
     if folder.is_file() or (trial.read_config(folder) and not trial.is_compressed(folder)):
         raise RbeError(f"{folder} is not compressed (no rbe quantization_config); first: rbe compress {folder} DST")
 
