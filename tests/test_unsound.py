@@ -127,3 +127,21 @@ def test_eval_says_what_it_ran_on_and_how_much_memory_it_took(gpt2: Path, tmp_pa
     (tmp_path / "seeds" / "tokenizer.json").unlink()
     told = json.loads(typer_testing.CliRunner().invoke(app, [*command, "--json"]).stdout)
     assert told["text"] == "built in" and told["peak_memory"]["seeds"] > 0
+
+
+def test_a_model_that_wants_more_than_tokens_says_what(tmp_path: Path) -> None:
+    tiny = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**tiny, "vocab_size": 64, "max_position_embeddings": 16, "eos_token_id": 1, "bos_token_id": 0}
+    vision = {**tiny, "image_size": 32, "patch_size": 16}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "dense")
+    done = convert.compress(tmp_path / "dense", tmp_path / "seeds", effort="fast", threads=1)
+    assert any("wants pixel_values" in remark for remark in done.remarks)
+
+
+def test_shares_beside_the_seeds_are_explained(gpt2: Path, tmp_path: Path) -> None:
+    options = ["--outliers", "0.01", "--effort", "fast"]
+    planned = typer_testing.CliRunner().invoke(app, ["compress", str(gpt2), str(tmp_path / "s"), *options, "--dry-run"])
+    assert "+ x %:" in planned.stdout and "headers not counted" in planned.stdout
+    typer_testing.CliRunner().invoke(app, ["compress", str(gpt2), str(tmp_path / "s"), *options])
+    assert "+ x %:" in typer_testing.CliRunner().invoke(app, ["inspect", str(tmp_path / "s")]).stdout

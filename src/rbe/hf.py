@@ -432,8 +432,17 @@ def _answer(model: Any) -> dict[str, Any]:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
-    with torch.inference_mode():
-        output = model(**inputs, return_dict=True)
+    try:
+        with torch.inference_mode():
+            output = model(**inputs, return_dict=True)
+    except (AttributeError, TypeError, ValueError) as cause:
+        takes = inspect.signature(model.forward).parameters
+        wanted = [name for name in ("pixel_values", "input_features", "input_values") if name in takes]
+        if not wanted:
+            raise
+        raise RbeError(
+            f"fingerprint: {type(model).__name__} wants {', '.join(wanted)}, and is given token ids alone"
+        ) from cause
     name, values = next((key, value) for key, value in output.items() if isinstance(value, Tensor))
     flat = values.detach().float().reshape(-1)
     picked = flat[fmix32(torch.arange(32)) % flat.numel()]

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -46,8 +47,9 @@ def _show_conversion(source: Path, done: convert.Conversion) -> None:
         show.line(
             f"{show.size(done.source_bytes)} become about {show.size(done.nbytes)}: {done.ratio:.2f}:1 against "
             f"float32, {done.ratio / 2:.2f}:1 against float16; {len(done.plan.seeded)} matrices to encode in about "
-            f"{show.short(done.seconds)}; {show.size(done.needed_bytes)} of disk space needed"
+            f"{show.short(done.seconds)}; {show.size(done.needed_bytes)} of disk space needed; file headers not counted"
         )
+        _explain(entry.format for entry in done.plan)
     else:
         weights = sum(math.prod(one.spec.shape) for one in done.encoded)
         error = sum(one.error * math.prod(one.spec.shape) for one in done.encoded) / max(weights, 1)
@@ -64,6 +66,12 @@ def _show_conversion(source: Path, done: convert.Conversion) -> None:
         show.line(f"note: {remark}")
     if not done.dry_run:
         show.line(f"look at it: rbe inspect {done.path}    compare: rbe eval {done.path} --against {source}")
+
+
+def _explain(formats: Iterable[str]) -> None:
+    """What is not plain in a column of formats."""
+    if any(" + " in form for form in formats):
+        show.line("+ x %: the share of the weights, the largest, that is kept beside the seeds")
 
 
 @dataclass(frozen=True)
@@ -192,6 +200,7 @@ def inspect(folder: Path, everything: bool, as_json: bool, source: Path | None =
     )
     show.line(f"{held.ratio:.2f}:1 against float32, {held.ratio / 2:.2f}:1 against float16")
     show.line(spectra.LEGEND)
+    _explain(row.format for row in held.rows)
     if kept_of:
         spectra.show_kept(kept_of, str(source))
 
