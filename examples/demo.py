@@ -120,7 +120,10 @@ def main() -> int:
         memory,
     ]
     bytes_line = page.Comparison(
-        "bytes of the weight files", f"{4 * held.weights:,}", f"{held.stored:,}", f"{held.ratio:.2f}:1 against float32"
+        "bytes: float32 weights, and the weight files in seeds",
+        f"{4 * held.weights:,}",
+        f"{held.stored:,}",
+        f"{held.ratio:.2f}:1 against float32",
     )
     error = sum((r.error or 0) * r.weights for r in held.rows if r.kind != "keep")
     error /= sum(r.weights for r in held.rows if r.kind != "keep")

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,32 @@ def test_a_command_line_that_cannot_be_understood_is_one_json_object_too(argumen
     ended = subprocess.run([*RBE, *arguments, "--json"], capture_output=True, text=True)
     assert ended.returncode == 2 and says in json.loads(ended.stdout)["error"] and "Usage" in ended.stderr
     assert subprocess.run([*RBE, *arguments], capture_output=True, text=True).stdout == ""
+
+
+def test_an_interrupt_while_modules_are_imported_ends_in_one_line(tmp_path):
+    pytest.importorskip("typer")
+    # Like modules that turn the interrupt of what they import into an error of their own.
+    code = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+except BaseException as cause:
+    raise RuntimeError("torn") from cause
+"""
+    (tmp_path / "typer.py").write_text(code)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    start = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731  # ignored in background jobs
+    for more, out in (([], ""), (["--json"], '{"error": "interrupted"}\n')):
+        command = [*RBE, "verify", "x", *more]
+        ended = subprocess.run(command, capture_output=True, text=True, env=env, preexec_fn=start)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (130, out, "rbe: interrupted\n")
+
+
+def test_the_package_can_be_run():
+    pytest.importorskip("typer")
+    ended = subprocess.run([sys.executable, "-m", "rbe", "--version"], capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout[0].isdigit()
 
 
 @pytest.mark.parametrize("about", ["text", 5, ["rbe"]])

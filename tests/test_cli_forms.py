@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="the models are transformers models")
 typer_testing = pytest.importorskip("typer.testing", reason="the command line is built on typer")
 
 from rbe import profile  # noqa: E402
+from rbe.cli import work  # noqa: E402
 from rbe.cli.app import app  # noqa: E402
 
 
@@ -33,6 +34,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody reads the timings here."""
     whole = profile.time_each
     monkeypatch.setattr(profile, "time_each", lambda calls, **_: whole(calls, warm_up=1, repeats=2))
+    monkeypatch.setattr(work, "_peaks", lambda *_: (profile.Memory(1, 2, 3), profile.Memory(1, 2, 3)))
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,12 @@ def seeded(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, rbe.nn.Seeded)]
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(64, 64), nn.LSTM(32, 32)])
+def test_a_bare_layer_is_kept_with_the_reason(layer: nn.Module) -> None:
+    plan = rbe.compress_(layer, effort="fast")
+    assert {entry.reason.partition(";")[0] for entry in plan if len(entry.shape) == 2} == {"it is the whole model"}
+
+
 def test_layers_are_swapped_and_compute_what_was_encoded() -> None:
     torch.manual_seed(0)
     model = Language().eval()

@@ -14,6 +14,8 @@ LAYERS += ["checkpoint", "compress", "convert", "profile", "evaluate", "sampling
 LEAVES = ["hf", "report", "model", "cli"]
 # Who may reach for a leaf, and only inside a function: the command line, and the whole-model verbs for the plug-in.
 MAY_USE_LEAVES = {"cli": set(LEAVES), "model": {"hf"}}
+# Runs a leaf, and nobody imports it.
+START = "__main__"
 # A light leaf, which the command line may load when it starts.
 LIGHT = {"report"}
 # The extension, and the one thing of the face that costs nothing.
@@ -65,6 +67,9 @@ def complaints(trees: Mapping[str, ast.Module]) -> list[str]:
     edges: dict[str, set[str]] = {name: set() for name in trees}
     for name in trees:
         own = layer(name)
+        if own == START:
+            edges[name].update(target for target, _ in imports(name, trees))
+            continue
         if own and own not in LAYERS and own not in LEAVES:
             wrong.append(f"{name} has no place in the order of the layers")
             continue
@@ -72,7 +77,9 @@ def complaints(trees: Mapping[str, ast.Module]) -> list[str]:
             other = layer(target)
             if top:
                 edges[name].add(target)
-            if other == "":
+            if other == START:
+                wrong.append(f"{name} imports what starts the command line")
+            elif other == "":
                 wrong.append(f"{name} imports the face")
             elif other == own and own not in LEAVES:
                 continue

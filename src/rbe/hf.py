@@ -329,20 +329,28 @@ def load(
 ) -> Any:
     """Load a compressed transformers folder as the class its configuration names, in evaluation mode.
 
+    Every byte is compared with its checksum first; a folder of `save_pretrained` alone has none.
+
     Args:
-        folder: what `rbe compress` or `rbe.save` wrote.
+        folder: what `rbe compress`, `rbe.save` or `save_pretrained` wrote.
         activations: "float32" (exact) or "int8" (faster).
         model_class: another transformers class, for instance `transformers.AutoModel`.
         kwargs: for `from_pretrained`.
 
     Raises:
         RbeError: the folder is not a compressed transformers model.
+        CorruptFile: anything was changed.
     """
-    folder = Path(folder)
+    return _open(Path(folder), activations, model_class, check=True, **kwargs)
+
+
+def _open(folder: Path, activations: str = "float32", model_class: Any = None, *, check: bool, **kwargs: Any) -> Any:
     config = _read_config(folder)
     about = config.get("quantization_config")
     if not isinstance(about, dict) or about.get("quant_method") != METHOD:
         raise RbeError(f"load: {folder} is not a compressed model (its config.json has no rbe quantization_config)")
+    if check and checkpoint.has_checksums(folder):
+        checkpoint.check_files(folder)
     if model_class is None:
         name = architecture(config) or "AutoModel"
         model_class = getattr(transformers, name, None)
@@ -352,7 +360,8 @@ def load(
                 "version that has it"
             )
     model = model_class.from_pretrained(folder, local_files_only=True, **kwargs)
-    set_activations(model, activations)
+    # With output_loading_info=True it is a pair.
+    set_activations(model[0] if isinstance(model, tuple) else model, activations)
     return model
 
 
@@ -393,7 +402,8 @@ def fingerprint(folder: str | Path) -> dict[str, Any]:
     Raises:
         RbeError: the folder is not a compressed model, or it does not take token ids.
     """
-    return _answer(load(folder, dtype=torch.float32))
+    # Whoever asks has just written the folder, or checked it.
+    return _answer(_open(Path(folder), check=False, dtype=torch.float32))
 
 
 def fingerprint_of(model: Any) -> dict[str, Any] | None:
@@ -422,8 +432,17 @@ def _answer(model: Any) -> dict[str, Any]:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
-    with torch.inference_mode():
-        output = model(**inputs, return_dict=True)
+    try:
+        with torch.inference_mode():
+            output = model(**inputs, return_dict=True)
+    except (AttributeError, TypeError, ValueError) as cause:
+        takes = inspect.signature(model.forward).parameters
+        wanted = [name for name in ("pixel_values", "input_features", "input_values") if name in takes]
+        if not wanted:
+            raise
+        raise RbeError(
+            f"fingerprint: {type(model).__name__} wants {', '.join(wanted)}, and is given token ids alone"
+        ) from cause
     name, values = next((key, value) for key, value in output.items() if isinstance(value, Tensor))
     flat = values.detach().float().reshape(-1)
     picked = flat[fmix32(torch.arange(32)) % flat.numel()]
@@ -452,7 +471,9 @@ def check_fingerprint(
     expected = expected or checkpoint.read_fingerprint(Path(folder))
     if expected is None:
         return None
-    now = fingerprint(folder)
+    model, info = _open(Path(folder), check=False, dtype=torch.float32, output_loading_info=True)
+    now = _answer(model)
+    lost = sorted(info["missing_keys"])
     for key in ("class", "output", "shape"):
         if now[key] != expected.get(key):
             return f"fingerprint: {key} is {now[key]}, it was {expected.get(key)} when the folder was written"
@@ -465,6 +486,11 @@ def check_fingerprint(
     if not worst <= tolerance:
         return (
             f"fingerprint: the model's outputs differ from those when the folder was written by {worst:.2g} of their "
-            f"size (allowed {tolerance:g}); the weights are not the ones that were stored"
+            f"size (allowed {tolerance:g}); "
+            + (
+                f"the folder lacks {', '.join(lost[:3])}, which transformers fills with random numbers"
+                if lost
+                else "the weights are not the ones that were stored"
+            )
         )
     return None

@@ -19,7 +19,7 @@ from rbe.matrix import SeedMatrix
 from rbe.nn import Seeded, set_activations, swap
 from rbe.nn.stream import Stream
 from rbe.nn.streams import check_stream, describe_streams, place_stream
-from rbe.source import INDEX, SINGLE
+from rbe.source import INDEX
 
 # In quantization_config of a folder that a plain torch model was saved to.
 _CLASS = "model_class"
@@ -92,17 +92,18 @@ def load(
         CorruptFile: anything was changed.
     """
     folder = Path(folder)
-    _refuse_unsealed(folder)
+    _refuse_dense(folder)
+    config = checkpoint.read_config(folder)
+    if model is None and ("model_type" in config or "architectures" in config):
+        from rbe import hf
+
+        return hf.load(folder, activations, **kwargs)
     found = checkpoint.check_files(folder)
     if model is not None:
         if kwargs:
             raise RbeError(f"load: {', '.join(kwargs)} have no meaning together with model=")
         _fill(model, found)
         return set_activations(model.eval(), activations)
-    if "model_type" in found.config or "architectures" in found.config:
-        from rbe import hf
-
-        return hf.load(folder, activations, **kwargs)
     about = found.config["quantization_config"]
     if _CLASS in about:
         raise RbeError(
@@ -193,24 +194,16 @@ def _write_card(work: Path, name: str, advice: str, code: str) -> None:
     shards.write_atomic(work / checkpoint.CARD, text.encode())
 
 
-def _refuse_unsealed(folder: Path) -> None:
-    """Say it well when a folder is dense, or was written by `save_pretrained` alone, which knows no checksums."""
+def _refuse_dense(folder: Path) -> None:
+    """Say it well when a folder is dense; the strict reader says everything else that can be wrong."""
     try:
         about = shards.read_json(folder / checkpoint.CONFIG).get("quantization_config")
+        sealed = (folder / INDEX).is_file() and checkpoint.has_checksums(folder)
     except RbeError:
-        return  # the strict reader says what is wrong
+        return
     ours = isinstance(about, dict) and about.get("quant_method") == checkpoint.METHOD
-    try:
-        sealed = "rbe" in shards.read_json(folder / INDEX)["metadata"]
-    except (RbeError, KeyError, TypeError):
-        sealed = ours and not (folder / SINGLE).is_file()
     if not ours and not sealed:
         raise RbeError(f"load: {folder} is not a compressed model; transformers itself loads a dense one")
-    if not sealed:
-        raise RbeError(
-            f"load: {folder} was written by save_pretrained and has no checksums; load it with rbe.hf.load, and write "
-            "it with rbe.save to have them"
-        )
 
 
 def _fill(model: nn.Module, found: Folder) -> None:

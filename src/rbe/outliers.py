@@ -19,6 +19,8 @@ EXTREME = 6.0
 MOST_EXTREME = 0.01
 # Products in memory at once, 16 MiB.
 _AT_ONCE = 1 << 22
+# Weights that are looked at together.
+_PART = 1 << 20
 
 
 class Places(NamedTuple):
@@ -82,7 +84,13 @@ class Outliers:
                 f"outliers: {tuple(weight.shape)} has too many weights for 32-bit positions; split the matrix"
             )
         flat = weight.detach().reshape(-1)
-        index = flat.abs().float().topk(min(count, flat.numel())).indices.sort().values
+        count = min(count, flat.numel())
+        # Part by part: topk takes several times the memory of what it looks at.
+        index, step = torch.empty(0, dtype=torch.int64), max(_PART, 4 * count)
+        for start in range(0, flat.numel(), step):
+            index = torch.cat([index, torch.arange(start, min(start + step, flat.numel()))])
+            index = index[flat[index].abs().float().topk(min(count, len(index))).indices]
+        index = index.sort().values
         most = torch.finfo(torch.float16).max
         return cls((weight.shape[0], weight.shape[1]), index.int(), flat[index].float().clamp(-most, most).half())
 
@@ -97,8 +105,11 @@ class Outliers:
         """
         flat = weight.detach().reshape(-1)
         # In float32 the squares of huge weights overflow.
-        limit = EXTREME * float(flat.double().square().mean().sqrt())
-        return min(int((flat.abs() > limit).sum()), int(MOST_EXTREME * flat.numel()))
+        parts = [flat[start : start + _PART] for start in range(0, flat.numel(), _PART)]
+        limit = EXTREME * math.sqrt(
+            math.fsum(float(part.double().square().sum()) for part in parts) / max(1, flat.numel())
+        )
+        return min(sum(int((part.abs() > limit).sum()) for part in parts), int(MOST_EXTREME * flat.numel()))
 
     def taken_from(self, dense: Tensor) -> Tensor:
         """A dense (rows, columns) matrix less what the outliers hold of it: what is left for the seeds."""
@@ -110,6 +121,12 @@ class Outliers:
         """The sum with a dense (rows, columns) matrix."""
         places = self._places()
         return dense.reshape(-1).index_add(0, places.flat, places.values.to(dense.dtype)).reshape(self.shape)
+
+    def add_to_(self, dense: Tensor) -> Tensor:
+        """`add_to` in place."""
+        places = self._places()
+        dense.view(-1).index_add_(0, places.flat, places.values.to(dense.dtype))
+        return dense
 
     def product(self, x: Tensor) -> Tensor:
         """The product with x (..., columns): (..., rows), in float32 or wider."""

@@ -193,12 +193,14 @@ class Roles:
         modules: for each module of the source that has a two-sided weight, its layer; None where nothing is known.
         tied: tensors that repeat another one, with the name of that one.
         ignored: tensors that the architecture does not use.
+        missing: names in the model of what the source lacks; transformers fills it with random numbers.
         remarks: what a user should know.
     """
 
     modules: dict[str, Site] | None = None
     tied: dict[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    missing: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
 
@@ -264,7 +266,31 @@ def _roles_in(source: Source, model: Any) -> Roles:
     ignored = frozenset(
         name for name in source.tensors if not names.known(name) and any(p.search(name) for p in patterns)
     )
-    return Roles(modules, tied, ignored)
+    missing = _missing(names, source, model)
+    remarks = []
+    if missing:
+        named = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        remarks.append(
+            f"{source.path} lacks {len(missing)} of the tensors of a {type(model).__name__} ({named}); transformers "
+            "fills them with random numbers whenever it loads the model"
+        )
+    return Roles(modules, tied, ignored, missing, tuple(remarks))
+
+
+def _missing(names: "Names", source: Source, model: Any) -> tuple[str, ...]:
+    """What the model has, apart from what is tied to something in the source, and the source has not."""
+    if names.merged:
+        return ()
+    held = {name for stored in source.tensors if (name := names.found(stored)) is not None}
+    for target, origin in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if target in held or origin in held:
+            held |= {target, origin}
+    patterns = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    return tuple(
+        name
+        for name in names.state
+        if name not in held and not name.endswith(".num_batches_tracked") and not any(p.search(name) for p in patterns)
+    )
 
 
 def _same(a: Stored, b: Stored) -> bool:
@@ -274,12 +300,17 @@ def _same(a: Stored, b: Stored) -> bool:
 
 
 class Names:
-    """Names in a file, translated to the names in the model that the file is of."""
+    """Names in a file, translated to the names in the model that the file is of.
+
+    Attributes:
+        state: the model's names.
+        merged: whether some of its tensors are put together from several of the file, so that names do not tell.
+    """
 
     def __init__(self, model: Any) -> None:
         self.prefix = str(getattr(model, "base_model_prefix", "") or "")
         self.state = dict.fromkeys(model.state_dict(), True)
-        self.renamings = _renamings(model)
+        self.renamings, self.merged = _renamings(model)
 
     def _candidates(self, name: str) -> Iterator[str]:
         yield name
@@ -290,25 +321,29 @@ class Names:
 
             yield core_model_loading.rename_source_key(name, self.renamings, [], self.prefix, self.state)[0]
 
+    def found(self, name: str) -> str | None:
+        """The model's name of it, or None."""
+        return next((candidate for candidate in self._candidates(name) if candidate in self.state), None)
+
     def known(self, name: str) -> bool:
         """Whether the model has a parameter or a stored buffer for it."""
-        return any(candidate in self.state for candidate in self._candidates(name))
+        return self.found(name) is not None
 
     def module(self, name: str) -> str:
         """Path of the model's module that has this weight; the file's own where the model has none."""
-        found = next((candidate for candidate in self._candidates(name) if candidate in self.state), name)
-        return found.removesuffix(".weight")
+        return (self.found(name) or name).removesuffix(".weight")
 
 
-def _renamings(model: Any) -> list[Any]:
-    """The renamings that transformers applies to old files of an architecture."""
+def _renamings(model: Any) -> tuple[list[Any], bool]:
+    """The renamings that transformers applies to old files of an architecture, and whether it also merges tensors."""
     try:
         from transformers import conversion_mapping, core_model_loading
 
         mapping = conversion_mapping.get_model_conversion_mapping(model) or []
-        return [entry for entry in mapping if isinstance(entry, core_model_loading.WeightRenaming)]
+        found = [entry for entry in mapping if isinstance(entry, core_model_loading.WeightRenaming)]
+        return found, len(found) < len(mapping)
     except (ImportError, AttributeError):
-        return []
+        return [], False
 
 
 def check_values(source: Source, encoded: frozenset[str]) -> None:

@@ -189,3 +189,11 @@ def test_the_environment_forces_a_lower_tier() -> None:
         command = [sys.executable, "-c", "from rbe import _cpu; print(_cpu.tier())"]
         run = subprocess.run(command, env={**os.environ, "RBE_TIER": asked}, capture_output=True, text=True, check=True)
         assert run.stdout.strip() == lower[-1]
+
+
+def test_a_tier_that_does_not_exist_is_refused() -> None:
+    for asked, code in (("abacus", 1), ("", 0)):
+        command = [sys.executable, "-c", "import rbe.kernels"]
+        run = subprocess.run(command, env={**os.environ, "RBE_TIER": asked}, capture_output=True, text=True)
+        assert run.returncode == code
+        assert ("RBE_TIER=abacus" in run.stderr and "portable, avx2, avx512, amx" in run.stderr) == bool(code)

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from rbe.cli import learn
+import rbe
+from rbe import checkpoint
+from rbe.cli import learn, work
 from rbe.errors import RbeError
 from rbe.nn import Seeded, StreamLinear
 from rbe.optim import HybridAdam
@@ -471,6 +473,12 @@ def test_the_command_writes_a_page_and_one_line(
     assert {"seed_bytes", "bytes", "ratio", "seconds", "plan"} <= set(line)
     assert line["seed_bytes"] <= 600
     page = (tmp_path / "out" / learn.PAGE).read_text()
+    assert "test accuracy" in page and "bytes of seeds" in page and "bytes of the whole model" in page
+    # The folder is no compressed one, but can become one.
+    with pytest.raises(RbeError, match=r"rbe\.save\(rbe\.train\.load"):
+        work.require_seeds(tmp_path / "out")
+    rbe.save(load(tmp_path / "out"), tmp_path / "small")
+    assert checkpoint.verify(tmp_path / "small").ok
     for part in ("<svg", "signs that have turned", "learning rates", "validation accuracy", "4 / 4"):
         assert part in page
     assert "<script" not in page

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +195,11 @@ def _against(folder: Folder, src: Path) -> tuple[list[str], int]:
 def measured_error(matrix: SeedMatrix, weight: Tensor) -> float:
     """Squared error of a seed matrix relative to the dense (rows, columns) weight it stands for.
 
-    Sums in float64 over bands of rows, so that no float64 copy of the whole ever exists.
+    Sums in float64 over bands of rows, so that beside the decoded matrix no copy of the whole ever exists.
     """
-    decoded = matrix.decode()
+    decoded = replace(matrix, outliers=None).decode()
+    if matrix.outliers is not None:
+        matrix.outliers.add_to_(decoded)
     band = max(1, (1 << 20) // max(1, weight.shape[1]))
     difference = power = 0.0
     for start in range(0, weight.shape[0], band):

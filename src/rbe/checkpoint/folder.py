@@ -16,7 +16,7 @@ from rbe.errors import CorruptFile, RbeError
 from rbe.formats import SeedSpec
 from rbe.matrix import SeedMatrix
 from rbe.shards import Stored
-from rbe.source import INDEX
+from rbe.source import INDEX, SINGLE
 
 METHOD = "rbe"
 CONFIG = "config.json"
@@ -71,6 +71,27 @@ def is_ours(path: Path) -> bool:
         return config["quantization_config"]["quant_method"] == METHOD and isinstance(index["metadata"]["rbe"], dict)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+def has_checksums(path: Path) -> bool:
+    """Whether the folder was sealed; transformers' `save_pretrained` alone writes no checksums.
+
+    Raises:
+        CorruptFile: the index cannot be read.
+    """
+    if not (path / INDEX).is_file():
+        return not (path / SINGLE).is_file()  # an index is lost: only `save_pretrained` writes one file without any
+    metadata = shards.read_json(path / INDEX).get("metadata")
+    return isinstance(metadata, dict) and "rbe" in metadata
+
+
+def _says_ours(path: Path) -> bool:
+    """Whether config.json speaks of seeds."""
+    try:
+        about = shards.read_json(path / CONFIG).get("quantization_config")
+    except CorruptFile:
+        return False
+    return isinstance(about, dict) and about.get("quant_method") == METHOD
 
 
 def strangers(path: Path) -> list[str]:
@@ -134,6 +155,11 @@ def read_index(dst: Path) -> dict[str, Any]:
         raise RbeError(f"{dst} {wrong}; give a folder that `rbe compress` wrote")
     if not path.is_file() and not (dst / CONFIG).is_file():
         raise RbeError(f"{dst} is not a compressed model: it has no {INDEX}; give a folder that `rbe compress` wrote")
+    if not has_checksums(dst) and _says_ours(dst):
+        raise RbeError(
+            f"{dst} was written by save_pretrained and has no checksums; load it with rbe.hf.load, and write it with "
+            "rbe.save to have them"
+        )
     index = shards.read_json(path)
     with _sensible(path):
         about = index.get("metadata", {}).get("rbe") if isinstance(index.get("metadata"), dict) else None

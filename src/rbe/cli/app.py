@@ -301,7 +301,7 @@ def evaluate(
     activations: Act = Activations.float32,
     as_json: Json = False,
 ) -> None:
-    """Compare a compressed model with its source: outputs (cosine, KL, perplexity) and speed of both."""
+    """Compare a compressed model with its source: outputs (cosine, KL, perplexity), speed and memory of both."""
     from rbe.cli import work
 
     work.evaluate(folder, against, text, limit, activations.value, as_json)

@@ -40,6 +40,9 @@ def train(config: Path, output: Path | None, restart: bool, as_json: bool) -> No
             show.table("plan", ["matrix", "shape", "block", "bytes", "sensitivity", "forecast loss"], _rows(shares))
 
     result = run(settings, folder, tell, restart, planned=planned)
+    complaint = page.finish(result)
+    if complaint:
+        console.print(complaint)
     if as_json:
         show.machine({**result.to_json(), "folder": folder})
         return
@@ -74,9 +77,23 @@ class _Page:
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.path, self.gave_up = config, folder / PAGE, False
+        self.last: Progress | None = None
 
-    def update(self, p: Progress) -> str:
+    def finish(self, result: Result) -> str:
+        """Write it once more, the outcome on top; a run that was finished before has its page already."""
+        if self.last is None:
+            return ""
+        cards = [
+            (_shown(result.metric, result.value), f"test {result.metric.replace('_', ' ')}"),
+            (f"{result.seed_bytes:,}", "bytes of seeds"),
+            (f"{result.ratio:.1f}:1", "seeds against float32"),
+            (f"{result.bytes:,}", "bytes of the whole model"),
+        ]
+        return self.update(self.last, cards)
+
+    def update(self, p: Progress, outcome: Sequence[tuple[str, str]] = ()) -> str:
         """Write it; what keeps it from being written is said once, and stops no run."""
+        self.last = p
         if self.gave_up:
             return ""
         from rbe import report
@@ -92,6 +109,7 @@ class _Page:
             report.Curves("learning rates", {role: [e.rates.get(role) for e in p.history] for role in roles}, log=True),
         ]
         cards = [
+            *outcome,
             (_shown(p.metric, p.best), "best on validation"),
             (f"{p.epoch} / {p.epochs}", "epochs"),
             (show.short(p.seconds), f"{show.short(p.left)} left"),

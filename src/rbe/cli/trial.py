@@ -311,7 +311,7 @@ def compare_tensors(folder: Path, source: Path) -> list[dict[str, Any]]:
     from rbe import checkpoint, metrics
     from rbe.source import open_source
 
-    opened = checkpoint.open_tensors(folder)
+    opened = checkpoint.check_files(folder)
     dense = open_source(source).tensors
     found = []
     for module, (spec, entry) in checkpoint.specs(opened.config).items():

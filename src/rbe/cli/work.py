@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -46,8 +47,9 @@ def _show_conversion(source: Path, done: convert.Conversion) -> None:
         show.line(
             f"{show.size(done.source_bytes)} become about {show.size(done.nbytes)}: {done.ratio:.2f}:1 against "
             f"float32, {done.ratio / 2:.2f}:1 against float16; {len(done.plan.seeded)} matrices to encode in about "
-            f"{show.short(done.seconds)}; {show.size(done.needed_bytes)} of disk space needed"
+            f"{show.short(done.seconds)}; {show.size(done.needed_bytes)} of disk space needed; file headers not counted"
         )
+        _explain(entry.format for entry in done.plan)
     else:
         weights = sum(math.prod(one.spec.shape) for one in done.encoded)
         error = sum(one.error * math.prod(one.spec.shape) for one in done.encoded) / max(weights, 1)
@@ -64,6 +66,12 @@ def _show_conversion(source: Path, done: convert.Conversion) -> None:
         show.line(f"note: {remark}")
     if not done.dry_run:
         show.line(f"look at it: rbe inspect {done.path}    compare: rbe eval {done.path} --against {source}")
+
+
+def _explain(formats: Iterable[str]) -> None:
+    """What is not plain in a column of formats."""
+    if any(" + " in form for form in formats):
+        show.line("+ x %: the share of the weights, the largest, that is kept beside the seeds")
 
 
 @dataclass(frozen=True)
@@ -94,13 +102,13 @@ _PARTS = ("seeds", "scales", "row scales", "outliers", "norms", "biases", "other
 
 
 def holding(folder: Path) -> Holding:
-    """Read what a compressed folder holds, from index and headers.
+    """Read what a compressed folder holds, every byte checked.
 
     Raises:
         RbeError: it is not a compressed folder, or damaged.
     """
     require_seeds(folder)
-    opened = checkpoint.open_tensors(folder)
+    opened = checkpoint.check_files(folder)
     seeds = {
         name: _OURS[name.rpartition(".")[2]]
         for module, (spec, entry) in checkpoint.specs(opened.config).items()
@@ -122,8 +130,13 @@ def require_seeds(folder: Path) -> None:
     """Tell a dense model folder, given by mistake, from a damaged compressed one.
 
     Raises:
-        RbeError: it is a dense one.
+        RbeError: it is a dense one, or a run of `rbe train`.
     """
+    if all((folder / name).is_file() for name in ("result.json", "model.pt")):
+        raise RbeError(
+            f"{folder} is a run of rbe train, no compressed folder; make one of it in Python: "
+            f"rbe.save(rbe.train.load({str(folder)!r}), 'NEW_FOLDER')"
+        )
     if folder.is_file() or (trial.read_config(folder) and not trial.is_compressed(folder)):
         raise RbeError(f"{folder} is not compressed (no rbe quantization_config); first: rbe compress {folder} DST")
 
@@ -187,6 +200,7 @@ def inspect(folder: Path, everything: bool, as_json: bool, source: Path | None =
     )
     show.line(f"{held.ratio:.2f}:1 against float32, {held.ratio / 2:.2f}:1 against float16")
     show.line(spectra.LEGEND)
+    _explain(row.format for row in held.rows)
     if kept_of:
         spectra.show_kept(kept_of, str(source))
 
@@ -293,7 +307,7 @@ def report(
             memory_line(trial.peak_memory(source), trial.peak_memory(folder)),
         ]
         cards = [headline(found)]
-        facts.append(("compared with", str(source)))
+        facts += [("compared with", str(source)), ("run on", _run_on(found, text, tokenizer))]
     elif text is not None or limit is not None:
         raise RbeError("--text and --limit compare two models; give the dense one with --against SRC")
     facts += [(name, str(value)) for name, value in trial.machine().items()]
@@ -350,32 +364,50 @@ def evaluate(folder: Path, source: Path, text: Path | None, limit: int | None, a
     if not (trial.is_model(folder) and trial.is_model(source)):
         _evaluate_tensors(folder, source, as_json)
         return
-    lines = trial.read_lines(text)
+    given = trial.read_lines(text)
     ours, theirs = (trial.read_config(one).get("model_type") for one in (folder, source))
     if ours != theirs:
-        print(f"rbe: {folder} is a {ours} and {source} a {theirs}: is it the source?", file=sys.stderr)
+        raise RbeError(f"{folder} is a {ours} and {source} a {theirs}; give the dense model that it was made from")
     dense, model = trial.load(source), _load_seeds(folder, activations)
     trial.refuse_unfed(model)
     tokenizer = trial.load_tokenizer(folder, source)
     with show.Steps(
         "comparing", "tokens" if fidelity.kind_of(dense) == "language model" else "texts", as_json
     ) as steps:
-        found = fidelity.compare(model, dense, tokenizer, lines, limit=limit, progress=steps)
+        found = fidelity.compare(model, dense, tokenizer, given, limit=limit, progress=steps)
     speeds = trial.speed({"dense": dense, "seeds": model}, tokenizer)
+    memory = _peaks(source, folder, activations)
     if as_json:
         show.machine(
             {
                 "folder": folder,
                 "against": source,
                 "activations": activations,
+                "text": None if tokenizer is None else text or "built in",
                 "fidelity": found.to_json(),
                 "speed": [s.to_json() for s in speeds],
+                "peak_memory": {"dense": memory[0].model, "seeds": memory[1].model},
                 "machine": trial.machine(),
             }
         )
         return
-    rows = [[c.what, c.dense, c.compressed, c.remark] for c in comparisons(found, speeds, "seeds")]
+    lines = [*comparisons(found, speeds, "seeds"), memory_line(*memory)]
+    rows = [[c.what, c.dense, c.compressed, c.remark] for c in lines]
     show.table(f"{folder} against {source}", ("", "dense", "in seeds", ""), rows, left=(0, 3))
+    show.line(f"run on {_run_on(found, text, tokenizer)}")
+
+
+def _peaks(source: Path, folder: Path, activations: str) -> tuple[measure.Memory, measure.Memory]:
+    """Peak memory of the dense model and of the one in seeds."""
+    return trial.peak_memory(source), trial.peak_memory(folder, activations)
+
+
+def _run_on(found: fidelity.Fidelity, text: Path | None, tokenizer: Any) -> str:
+    """What a comparison was made on, for people."""
+    amount = f"{found.samples:,} {found.unit}"
+    if tokenizer is None:
+        return f"random tokens, {amount}: no tokenizer in the folders"
+    return f"{text}, {amount}" if text is not None else f"built-in text, {amount}; give another with --text FILE"
 
 
 def comparisons(found: fidelity.Fidelity, speeds: list[trial.Speed], name: str) -> list["page.Comparison"]:

@@ -211,31 +211,29 @@ def compress(
         return replace(outcome, seconds=estimate(jobs, workers))
     identity: dict[str, Any] = {"source": dense.fingerprint(), "plan": plan.to_json(), "settings": settings}
     identity |= {"version": __version__, "format": checkpoint.FORMAT_VERSION}
-    with place.disk_errors(dst, work, resumes=True):
-        work.mkdir(parents=True, exist_ok=True)
-        with place.lock(work):
-            place.put_back(dst)
-            if allocation is not None:
-                allocation.keep(work)
-            journal = Journal(work, shards.canonical_digest(identity))
-            remarks = [*roles.remarks, *([journal.remark] if journal.remark else [])]
-            resumed = len(journal.done)
-            if calibration is None:
-                encode_all(jobs, journal, workers, tell)
-            else:
-                encode_all(jobs, journal, workers, tell, calibration.prepared_turns)
-            encoded = tuple(summary(job.entry, journal.done[job.entry.name]) for job in jobs)
-            if dense.fingerprint() != identity["source"]:
-                raise RbeError(f"{src} was changed while it was read; run again, and leave it alone meanwhile")
-            out = work / "out"
-            assemble(out, dense, roles, plan, journal, settings, shard_size, tell)
-            answer = ask(out, dense, fingerprint, remarks)
-            checkpoint.write_fingerprint(out, answer)
-            tell(Progress("write", "checking"))
-            checkpoint.check_files(out)
-            nbytes = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-            place.publish(out, dst)
-        shutil.rmtree(work, ignore_errors=True)
+    with place.disk_errors(dst, work, resumes=True), place.lock(work):
+        place.put_back(dst)
+        if allocation is not None:
+            allocation.keep(work)
+        journal = Journal(work, shards.canonical_digest(identity))
+        remarks = [*roles.remarks, *([journal.remark] if journal.remark else [])]
+        resumed = len(journal.done)
+        if calibration is None:
+            encode_all(jobs, journal, workers, tell)
+        else:
+            encode_all(jobs, journal, workers, tell, calibration.prepared_turns)
+        encoded = tuple(summary(job.entry, journal.done[job.entry.name]) for job in jobs)
+        if dense.fingerprint() != identity["source"]:
+            raise RbeError(f"{src} was changed while it was read; run again, and leave it alone meanwhile")
+        out = work / "out"
+        assemble(out, dense, roles, plan, journal, settings, shard_size, tell)
+        answer = ask(out, dense, fingerprint, remarks, roles.missing)
+        checkpoint.write_fingerprint(out, answer)
+        tell(Progress("write", "checking"))
+        checkpoint.check_files(out)
+        nbytes = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        place.publish(out, dst)
+        place.remove(work)
     return replace(
         outcome,
         encoded=encoded,
@@ -266,7 +264,7 @@ def _check_space(dense: Source, plan: Plan, dst: Path, work: Path) -> int:
     """Bytes needed beside what earlier work holds: seeds as pieces and in the result, kept tensors, copied files."""
     copied = sum((dense.path / name).stat().st_size for name in dense.others)
     needed = plan.nbytes + sum(entry.nbytes for entry in plan.seeded) + copied + place.BESIDE
-    present = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    present = place.occupied(work)
     free = shutil.disk_usage(place.existing(dst.parent)).free
     if free + present < needed:
         raise RbeError(

@@ -1,11 +1,14 @@
 """Where a run works and where its result goes: targets, disk space, and the rename that makes a result visible."""
 
+import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from rbe import checkpoint, shards
 from rbe.errors import RbeError
@@ -89,24 +92,58 @@ def existing(path: Path) -> Path:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keep a second run out of a work folder; a killed run's lock goes with it.
+    """Make a work folder and keep a second run out of it; a killed run's lock goes with it.
 
     Raises:
         RbeError: another run is at work there.
     """
-    with (folder / "lock").open("w") as file:
+    with _locked(folder):
+        yield
+
+
+def _locked(folder: Path) -> IO[str]:
+    """The folder's lock file, open and locked."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = (folder / "lock").open("w")
+        except FileNotFoundError:
+            continue  # the folder has just been taken away
         try:
             import fcntl
         except ImportError:  # no such locks on this system
-            yield
-            return
+            return file
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
+                    return file
         except BlockingIOError:
+            file.close()
             raise RbeError(
                 f"{folder} is in use: another run is writing the same folder; wait for it, or choose another name"
             ) from None
-        yield
+        file.close()  # a run that ended meanwhile has removed this file: a lock on it keeps nobody out
+
+
+def remove(folder: Path) -> None:
+    """Take a work folder away whose lock is held: the lock goes last, so that nobody begins in what is left."""
+    for file in folder.iterdir():
+        if file.is_dir():
+            shutil.rmtree(file, ignore_errors=True)
+        elif file.name != "lock":
+            file.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def occupied(folder: Path) -> int:
+    """Bytes of all files in a folder; another run may be removing them."""
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            about = file.stat()
+            total += about.st_size if stat.S_ISREG(about.st_mode) else 0
+    return total
 
 
 @contextmanager

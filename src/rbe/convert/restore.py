@@ -52,20 +52,18 @@ def decompress(
     if free < needed:
         raise RbeError(f"{given} needs {needed:,} bytes, and {free:,} are free in {out.parent}; free some")
     work = out.parent / f".{out.name}.rbe-dense"
-    with place.disk_errors(out, work, resumes=False):
-        work.mkdir(parents=True, exist_ok=True)
-        with place.lock(work):
-            whole = work / "out"
-            try:
-                shutil.rmtree(whole, ignore_errors=True)
-                whole.mkdir()
-                _write_dense(whole, folder, tensors, dtype, shard_size)
-                if bare and out.suffix == ".safetensors":
-                    next(whole.glob("*.safetensors")).replace(out)
-                else:
-                    place.publish(whole, out)
-            finally:  # nothing is taken up again, so that nothing may stay
-                shutil.rmtree(work, ignore_errors=True)
+    with place.disk_errors(out, work, resumes=False), place.lock(work):
+        whole = work / "out"
+        try:
+            shutil.rmtree(whole, ignore_errors=True)
+            whole.mkdir()
+            _write_dense(whole, folder, tensors, dtype, shard_size)
+            if bare and out.suffix == ".safetensors":
+                next(whole.glob("*.safetensors")).replace(out)
+            else:
+                place.publish(whole, out)
+        finally:  # nothing is taken up again, so that nothing may stay
+            place.remove(work)
     return out
 
 

@@ -4,6 +4,7 @@ Few rows are multiplied inside one C++ call, fused: no weight is ever stored. Ma
 rows of the matrix are decoded into one small buffer, and the platform's GEMM multiplies it.
 """
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import rbe._cpu as _cpu
 from rbe import formats
+from rbe.errors import RbeError
 from rbe.formats import SeedSpec, trellis
 from rbe.rotation import rotate, rotate_back
 
@@ -21,6 +23,11 @@ FUSED_ROWS = {"portable": 8, "avx2": 32, "avx512": 48, "amx": 1 << 30}
 # times as many where the matrix is so wide that bands would be narrow, because the GEMM reads all of x for every band.
 TILE = 1 << 20
 NARROW = 256
+
+if os.environ.get("RBE_TIER") not in (None, "", *FUSED_ROWS):  # the kernels would take the best one without a word
+    raise RbeError(
+        f"RBE_TIER={os.environ['RBE_TIER']} is no instruction tier; give one of {', '.join(FUSED_ROWS)}, or unset it"
+    )
 
 TrellisMatrix = _cpu.TrellisMatrix
 set_tier = _cpu.set_tier

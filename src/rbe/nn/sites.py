@@ -47,9 +47,9 @@ class Site:
     @property
     def tensors(self) -> tuple[str, ...]:
         """Every name of the dense weight, the owner's first."""
-        if self.group:
-            return (f"{self.group}.weight_{self.module.rpartition('.')[2]}",)
-        return tuple(f"{path}.weight" for path in self.names)
+        if self.group or self.module.startswith("."):  # of a recurrent layer that may be the whole model
+            return (f"{self.group}.weight_{self.module.rpartition('.')[2]}".removeprefix("."),)
+        return tuple(f"{path}.weight".removeprefix(".") for path in self.names)
 
 
 def _role(module: nn.Module) -> tuple[Kind, bool, str] | None:

@@ -246,9 +246,16 @@ def _rotation(shape: tuple[int, int], rotate: bool | str, seed: int) -> tuple[in
     return out, in_
 
 
+def _row_norms(x: Tensor) -> Tensor:
+    """Length of every row, float64; some rows at a time, because torch copies what it looks at to float64."""
+    step = max(1, _CHUNK // x.shape[1])
+    parts = (x[start : start + step] for start in range(0, x.shape[0], step))
+    return torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in parts])
+
+
 def _row_scale_(x: Tensor) -> Tensor:
     """Divide every row by its root mean square in place; returns it, float16 (rows,), 0 for a row too small."""
-    rms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) / math.sqrt(x.shape[1])
+    rms = _row_norms(x) / math.sqrt(x.shape[1])
     row_scale: Tensor = (rms * (_LARGEST_ROW_SCALE / rms.max())).to(torch.float16)
     x.mul_(torch.where(row_scale > 0, 1 / row_scale.double(), 0.0).to(torch.float32)[:, None])
     return row_scale
@@ -339,11 +346,11 @@ def encode_trellis(
         ones = torch.ones(rows, dtype=torch.float16) if row_scale else None
         return Encoded(SeedMatrix(spec, zero, torch.tensor(0.0), ones), 0.0)
 
-    total = math.fsum(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square().tolist())
+    total = math.fsum(_row_norms(x).square().tolist())
     scales = _row_scale_(x) if row_scale else None
     energies = None if scales is None else scales.float().square()
     _rotate_(x, spec.rotation)
-    energy = math.fsum(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square().tolist())
+    energy = math.fsum(_row_norms(x).square().tolist())
     unit = _unit(x, energy, spec.window, w, threads)
 
     def report(blocks: int) -> None:
