@@ -139,13 +139,15 @@ inline void gather(const Tables& t, const Passing* of, const float* y, int64_t r
 // `pass` would read every row PER times.
 template <int HALF, bool SQUARE, int OWNERS, int PER>
 inline void weigh(const Tables& t, const Passing* of, const float* y, int64_t rows, int64_t x_row, VF (*acc)[2 * PER]) {
+    static_assert(!SQUARE || HALF * HALF % (DEPTH * std::max<int64_t>(HALF, W)) == 0, "pieces leave a rest");
     const int64_t vectors = cells_of<HALF, SQUARE>(t) / W, wide = wide_of<HALF>(t);
     for (int m = 0; m < 2; m++)
         for (int64_t first = 0; first < wide; first++) {
             int64_t v = first;
             for (; v + (DEPTH - 1) * wide < vectors; v += DEPTH * wide)
                 gather<HALF, SQUARE, OWNERS, DEPTH, PER>(t, of, y, rows, x_row, m, first, v, acc);
-            for (; v < vectors; v += wide) gather<HALF, SQUARE, OWNERS, 1, PER>(t, of, y, rows, x_row, m, first, v, acc);
+            if (!SQUARE)
+                for (; v < vectors; v += wide) gather<HALF, SQUARE, OWNERS, 1, PER>(t, of, y, rows, x_row, m, first, v, acc);
         }
 }
 
@@ -235,9 +237,9 @@ template <int KIND, int HALF, bool SQUARE, bool BY_X, bool BY_SEEDS>
 void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const float* y, int64_t batch, float* d_x,
                  float* const* out) {
     thread_local Memory records_memory, profile_memory, slopes_memory, matrix_memory, x_memory, d_memory;
-    // Rows whose derivatives are added up before the seeds are read again, and their part that is served at once: what a
-    // few columns of blocks need of them stays in the first level of the cache while block rows pass by.
-    constexpr int64_t ROWS = 128, SOME = 128, COLUMNS = 4;
+    // Rows whose derivatives are added up before the seeds are read again. What a few columns of blocks need of them stays
+    // near while block rows pass by.
+    constexpr int64_t ROWS = 128, COLUMNS = 4;
     // Records and their profiles that are computed before they are used: in the second level.
     constexpr int64_t READY = 512;
     constexpr int PER = KIND == RADIAL && BY_SEEDS ? 2 : 1, SUMS = 2 * PER;
@@ -255,9 +257,9 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
     float* d = BY_X ? d_memory.get(blocks * most * d_row) : nullptr;
     float* matrices = KIND == RADIAL ? matrix_memory.get(4 * 2 * PER * n) : nullptr;
 
-    // COUNT records from k on of block columns J ... in block row I0 + i; rows [first + some, first + some + rows).
+    // COUNT records from k on of block columns J ... in block row I0 + i; rows [first, first + rows).
     const auto of_records = [&](auto count, auto few, int64_t I0, int64_t i, int64_t J, int64_t k, int64_t first,
-                                int64_t some, int64_t rows, int64_t stored) __attribute__((always_inline)) {
+                                int64_t rows) __attribute__((always_inline)) {
         constexpr int COUNT = count();
         const int64_t at = i * wide + J * per_block + k;
         const Record* r = ready + at;
@@ -273,18 +275,19 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
                 const int64_t side = m ? 1 - odd : odd;
                 for (int e = 0; e < PER; e++)
                     of[o].matrix[m][e] = KIND == RADIAL ? matrix + (2 * e + m) * n : t.quarters + (r[o].q * 2 + m) * n;
-                of[o].x[m] = BY_SEEDS ? own_x + (column * stored + some) * x_row + side * half : nullptr;
-                of[o].d[m] = BY_X ? d + (column * stored + some) * d_row + side * d_part : nullptr;
+                of[o].x[m] = BY_SEEDS ? own_x + column * rows * x_row + side * half : nullptr;
+                of[o].d[m] = BY_X ? d + column * rows * d_row + side * d_part : nullptr;
                 of[o].amp[m] = r[o].amp * (m ? r[o].v : r[o].u);
             }
         }
         VF sums[4][SUMS] = {};
-        const float* of_y = y + ((I0 + i) * batch + first + some) * y_row;
+        const float* of_y = y + ((I0 + i) * batch + first) * y_row;
         if (few()) {
             in_groups<COUNT, KIND == RADIAL ? 2 : SHARED>([&](auto o, auto number) __attribute__((always_inline)) {
                 for (int64_t b = 0; b < rows; b++)
                     pass_row<KIND, HALF, SQUARE, number(), PER, BY_X, BY_SEEDS>(
-                        t, r + o(), f_of + o() * classes, g_of + o() * classes, of + o(), of_y, b, x_row, d_row, sums + o());
+                        t, r + o(), f_of + o() * classes, g_of + o() * classes, of + o(), of_y, b, x_row, d_row,
+                        sums + o());
             });
         } else {
             serve<COUNT, KIND, HALF, SQUARE, BY_X, BY_SEEDS, PER>(t, of, of_y, rows, x_row, d_row, sums);
@@ -296,23 +299,22 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
         for (int m = 0; m < 3; m++) {
             float* to = out[m] + before;
             if (COUNT == 4) {
-                const Four all = first + some ? found[m] + four(to) : found[m];
+                const Four all = first ? found[m] + four(to) : found[m];
                 std::memcpy(to, &all, sizeof all);
             } else {
-                *to = first + some ? found[m][0] + *to : found[m][0];
+                *to = first ? found[m][0] + *to : found[m][0];
             }
         }
     };
-    const auto of_rows = [&](auto few, int64_t I0, int64_t here, int64_t first, int64_t some, int64_t rows,
-                             int64_t stored) {
+    const auto of_rows = [&](auto few, int64_t I0, int64_t here, int64_t first, int64_t rows) {
         for (int64_t J = 0; J < blocks; J += COLUMNS) {
             const int64_t served = std::min(COLUMNS, blocks - J) * per_block;
             for (int64_t i = 0; i < here; i++) {
                 int64_t k = 0;
                 for (; k + 4 <= served; k += 4)
-                    of_records(std::integral_constant<int, 4>(), few, I0, i, J, k, first, some, rows, stored);
+                    of_records(std::integral_constant<int, 4>(), few, I0, i, J, k, first, rows);
                 for (; k < served; k++)
-                    of_records(std::integral_constant<int, 1>(), few, I0, i, J, k, first, some, rows, stored);
+                    of_records(std::integral_constant<int, 1>(), few, I0, i, J, k, first, rows);
             }
         }
     };
@@ -331,11 +333,8 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
                 records(p, (I0 + i) * p.block_cols + J0, blocks, ready + i * wide);
             }
             if (KIND == RADIAL) profiles(t, ready, here * wide, profile, slopes);
-            for (int64_t some = 0; some < stored; some += SOME) {
-                const int64_t rows = std::min(SOME, stored - some);
-                if (batch <= FEW) of_rows(std::true_type(), I0, here, first, some, rows, stored);
-                else of_rows(std::false_type(), I0, here, first, some, rows, stored);
-            }
+            if (batch <= FEW) of_rows(std::true_type(), I0, here, first, stored);
+            else of_rows(std::false_type(), I0, here, first, stored);
         }
         if (!BY_X) continue;
         for (int64_t J = 0; J < blocks; J++)
