@@ -164,11 +164,10 @@ def _modulations(source: Packed) -> Tensor:
     return _phi(*source.spec.block_shape, source.spec.stages)
 
 
-def _amplitudes(source: Packed, slopes: bool = False) -> Tensor:
-    """Amplitudes, and where wanted their derivatives by radius and angle: (1 or 3, block rows, columns, stages)."""
-    out = torch.empty(3 if slopes else 1, *source.spec.grid, source.spec.stages)
-    addresses = [part.data_ptr() for part in out] + [0] * (3 - len(out))
-    source.native.amplitudes(*addresses, torch.get_num_threads())
+def _amplitudes(source: Packed) -> Tensor:
+    """Amplitudes (block rows, columns, stages)."""
+    out = torch.empty(*source.spec.grid, source.spec.stages)
+    source.native.amplitudes(out.data_ptr(), 0, 0, 0, 0, torch.get_num_threads())
     return out
 
 
@@ -187,7 +186,7 @@ def _unblocked(blocks: Tensor, columns: int) -> Tensor:
 
 def _kronecker(source: Packed, x: Tensor) -> Tensor:
     (block_rows, block_columns), (height, width) = source.spec.grid, source.spec.block_shape
-    amplitudes, blocks = _amplitudes(source)[0], _blocks(x, block_columns, width).reshape(-1, width)
+    amplitudes, blocks = _amplitudes(source), _blocks(x, block_columns, width).reshape(-1, width)
     y = x.new_zeros(block_rows, x.shape[0] * height)
     for stage, phi in enumerate(_modulations(source)):
         y.addmm_(amplitudes[..., stage], (blocks @ phi.T).reshape(block_columns, -1))
@@ -201,22 +200,26 @@ def _kronecker_backward(
     """As `backward`, before the rotations."""
     (block_rows, block_columns), (height, width) = source.spec.grid, source.spec.block_shape
     n, scale = y.shape[0], source.tensors.scale
-    parts = _amplitudes(source, slopes=x is not None)
     upstream = _blocks(_scaled(source, y), block_rows, height).reshape(block_rows, -1)
     phis = _modulations(source)
-    d_x = None
-    if by_x:
+    d_x = gradients = None
+    amplitudes = torch.empty(*source.spec.grid, source.spec.stages) if by_x else None
+    if x is not None:
+        blocks = _blocks(x, block_columns, width).reshape(-1, width)
+        found = [upstream @ (blocks @ phi.T).reshape(block_columns, -1).T for phi in phis]
+        by_amplitude = found[0] if len(found) == 1 else torch.stack(found, -1)
+        value, by_radius, by_angle = (torch.empty(source.spec.blocks, source.spec.stages) for _ in range(3))
+        addresses = map(_address, (amplitudes, by_amplitude, value, by_radius, by_angle))
+        source.native.amplitudes(*addresses, torch.get_num_threads())
+        gradients = _finished(source, value, by_radius, by_angle)
+    elif by_x:
+        amplitudes = _amplitudes(source)
+    if amplitudes is not None:
         d_x = y.new_zeros(block_columns * n, width)
         for stage, phi in enumerate(phis):
-            d_x.addmm_((parts[0, ..., stage].T @ upstream).reshape(-1, height), phi)
+            d_x.addmm_((amplitudes[..., stage].T @ upstream).reshape(-1, height), phi)
         d_x = _unblocked(d_x.reshape(block_columns, n, width), source.spec.shape[1]).mul_(scale)
-    if x is None:
-        return d_x, None
-    blocks = _blocks(x, block_columns, width).reshape(-1, width)
-    by_amplitude = [upstream @ (blocks @ phi.T).reshape(block_columns, -1).T for phi in phis]
-    parts *= by_amplitude[0].unsqueeze(-1) if len(by_amplitude) == 1 else torch.stack(by_amplitude, -1)
-    value, by_radius, by_angle = parts.reshape(3, source.spec.blocks, source.spec.stages)
-    return d_x, _finished(source, value, by_radius * scale, by_angle * scale)
+    return d_x, gradients
 
 
 def _scaled(source: Packed, y: Tensor) -> Tensor:

@@ -317,15 +317,21 @@ void packed_backward(const Packed& p, const float* x, const float* y, int64_t ba
     });
 }
 
-void packed_amplitudes(const Packed& p, float* amp, float* by_radius, float* by_angle, int threads) {
+void packed_amplitudes(const Packed& p, float* amp, const float* weights, float* const* out, int threads) {
     const PackedTier& t = packed_tier();
     const int64_t wide = p.block_cols * p.records();
+    const float scale = *p.scale;
     parallel(p.block_rows, p.block_rows * wide < ALONE / 64 ? 1 : threads, [&](int64_t I) {
         const Prepared ready(t, p, I * p.block_cols, p.block_cols);
+        const Record* r = ready.records;
+        const int64_t first = I * wide;
+        if (amp)
+            for (int64_t k = 0; k < wide; k++) amp[first + k] = r[k].amp;
+        if (!weights) return;
         for (int64_t k = 0; k < wide; k++) {
-            const Record& r = ready.records[k];
-            amp[I * wide + k] = r.amp;
-            if (by_radius) by_radius[I * wide + k] = r.slope, by_angle[I * wide + k] = r.v;
+            const float weight = weights[first + k];
+            out[0][first + k] = weight * r[k].amp;
+            out[1][first + k] = weight * r[k].slope * scale, out[2][first + k] = weight * r[k].v * scale;
         }
     });
 }

@@ -329,7 +329,12 @@ void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const 
         for (int64_t I0 = 0; I0 < p.block_rows; I0 += tall) {
             const int64_t here = std::min(tall, p.block_rows - I0);
             for (int64_t i = 0; i < here; i++) {
-                if (I0 + tall + i < p.block_rows) ahead(p, (I0 + tall + i) * p.block_cols + J0, blocks);
+                if (I0 + tall + i < p.block_rows) {
+                    const int64_t next = (I0 + tall + i) * p.block_cols + J0;
+                    ahead(p, next, blocks);
+                    for (int64_t k = 0; BY_SEEDS && k < wide; k += 16)
+                        for (int m = 0; m < 3; m++) __builtin_prefetch(out[m] + next * p.stages + k, 1);
+                }
                 records(p, (I0 + i) * p.block_cols + J0, blocks, ready + i * wide);
             }
             if (KIND == RADIAL) profiles(t, ready, here * wide, profile, slopes);
