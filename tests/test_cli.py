@@ -110,6 +110,16 @@ def test_inspect_counts_every_byte(small: Path) -> None:
     )
 
 
+def test_the_floor_is_said_to_be_at_the_stored_rate(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"w.weight": torch.randn(40, 33)}, tmp_path / "w.safetensors")
+    told = rbe_json("compress", tmp_path / "w.safetensors", tmp_path / "out", "--bits", "3", "--effort", "fast")
+    (row,) = (row for row in rbe_json("inspect", tmp_path / "out")["tensors"] if row["kind"] != "keep")
+    assert told["encoded"][0]["floor"] == 2.0**-6 and row["floor"] < 2.0**-10
+    assert "at the stored rate" in rbe("inspect", tmp_path / "out").stdout
+
+
 def test_inspect_tells_energy_and_efficiency(small: Path) -> None:
     for row in rbe_json("inspect", small)["tensors"]:
         if row["kind"] != "keep":

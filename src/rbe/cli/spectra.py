@@ -121,7 +121,8 @@ def plain(kept: Kept | None) -> dict[str, Any]:
 
 COLUMNS = ("floor", "captured", "eta")
 LEGEND = (
-    "error: squared, relative to the weights; floor: the least that any code of Gaussian weights can reach; "
+    "error: squared, relative to the weights; floor: the least that any code of Gaussian weights can reach at the "
+    "stored rate (Shannon), for which padding and scales are bits bought like any others; "
     "captured: energy kept, 1 - error; eta: rate that the error needs at least, of the rate that is stored"
 )
 

@@ -53,7 +53,8 @@ class Encoded:
         spec: with the rotation that the encoder chose.
         nbytes: stored bytes of seeds and scales.
         error: squared error relative to the source, measured on what was stored.
-        floor: Shannon floor of the error at the nominal rate, 2^(-2R).
+        floor: Shannon floor of the error at the nominal rate, 2^(-2R): `floor` of `compress --json`. That of `inspect`
+            is at the stored rate, padding and scales counted, and so lower.
         seconds: the encoder took, in the run that found the seeds.
     """
 
