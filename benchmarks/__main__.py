@@ -1,4 +1,4 @@
-"""Every table of the README, one after the other: `make bench`.
+"""The tables of the README, one after the other: `make bench`; those of training, which take days: `make bench-long`.
 
 Each benchmark checks its results before it times them, and can be run alone as `python -m benchmarks.NAME`.
 """
@@ -19,10 +19,20 @@ BENCHMARKS = (
     ["rotations"],
 )
 
+# Finished runs are kept in runs/, and an interrupted one goes on.
+LONG = (
+    ["headline", "--seeds", "0", "1", "2", "--only", "mnist-64-stream", "mnist-256-stream", "mnist-1000"],
+    ["headline"],
+    *(["trained", "--task", task, "--ratio", "64"] for task in ("mnist", "fashion")),
+    ["points"],
+    ["bits"],
+    ["rounds"],
+)
+
 
 def main() -> None:
     failed = []
-    for command in BENCHMARKS:
+    for command in LONG if sys.argv[1:] == ["--long"] else BENCHMARKS:
         print(f"\n## {' '.join(command)}\n", flush=True)
         if subprocess.run([sys.executable, "-m", f"benchmarks.{command[0]}", *command[1:]], check=False).returncode:
             failed.append(" ".join(command))
