@@ -120,6 +120,21 @@ def compare(threads: int) -> None:
             )
 
 
+def warm(threads: int) -> None:
+    """Backward against forward on one matrix over and over, with nothing in between that empties the caches."""
+    torch.set_num_threads(threads)
+    print(f"\nThe same matrix again and again, {threads} thread(s): backward / forward by batch.")
+    table_head("format", *map(str, BATCHES))
+    for name in KINDS:
+        source, cells = random_matrix(name, SIDE), []
+        for batch in BATCHES:
+            x, y = torch.randn(batch, SIDE), torch.randn(batch, SIDE)
+            forward = medians({"": lambda _, x=x, s=source: packed.matmul(s, x)}, 25)[""]
+            back = medians({"": lambda _, x=x, y=y, s=source: backward(s, x, y)}, 25)[""]
+            cells.append(judged(back / forward, at_most=BACKWARD))
+        table_row(name, *cells)
+
+
 def limits() -> None:
     """One thread, batch 1 and 32: rates, targets, and the share of what the vector ports can do."""
     torch.set_num_threads(1)
@@ -146,8 +161,10 @@ def main() -> None:
     threads = torch.get_num_threads()
     check()
     compare(1)
+    warm(1)
     if threads > 1:
         compare(threads)
+        warm(threads)
     limits()
     torch.set_num_threads(threads)
 
