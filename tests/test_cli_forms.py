@@ -13,7 +13,7 @@ pytest.importorskip("transformers", reason="the models are transformers models")
 typer_testing = pytest.importorskip("typer.testing", reason="the command line is built on typer")
 
 from rbe import profile  # noqa: E402
-from rbe.cli import work  # noqa: E402
+from rbe.cli import trial  # noqa: E402
 from rbe.cli.app import app  # noqa: E402
 
 
@@ -34,7 +34,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody reads the timings here."""
     whole = profile.time_each
     monkeypatch.setattr(profile, "time_each", lambda calls, **_: whole(calls, warm_up=1, repeats=2))
-    monkeypatch.setattr(work, "_peaks", lambda *_: (profile.Memory(1, 2, 3), profile.Memory(1, 2, 3)))
+    monkeypatch.setattr(trial, "peak_memory", lambda *_: profile.Memory(1, 2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +116,11 @@ def test_eval_asks_about_another_architecture(writer: Path, gpt2: Path, tmp_path
     (other / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neo"}))
     result = typer_testing.CliRunner().invoke(app, ["eval", str(writer), "--against", str(other)])
     assert f"{writer} is a gpt2 and {other} a gpt_neo" in result.stderr
+
+
+def test_the_floor_is_said_to_be_at_the_stored_rate(tmp_path: Path) -> None:
+    save_file({"w.weight": torch.randn(40, 33)}, tmp_path / "w.safetensors")
+    told = rbe_json("compress", tmp_path / "w.safetensors", tmp_path / "out", "--bits", "3", "--effort", "fast")
+    (row,) = (row for row in rbe_json("inspect", tmp_path / "out")["tensors"] if row["kind"] != "keep")
+    assert told["encoded"][0]["floor"] == 2.0**-6 and row["floor"] < 2.0**-10
+    assert "at the stored rate" in rbe("inspect", tmp_path / "out").stdout

@@ -376,7 +376,7 @@ def evaluate(folder: Path, source: Path, text: Path | None, limit: int | None, a
     ) as steps:
         found = fidelity.compare(model, dense, tokenizer, given, limit=limit, progress=steps)
     speeds = trial.speed({"dense": dense, "seeds": model}, tokenizer)
-    memory = _peaks(source, folder, activations)
+    memory = trial.peak_memory(source), trial.peak_memory(folder, activations)
     if as_json:
         show.machine(
             {
@@ -395,11 +395,6 @@ def evaluate(folder: Path, source: Path, text: Path | None, limit: int | None, a
     rows = [[c.what, c.dense, c.compressed, c.remark] for c in lines]
     show.table(f"{folder} against {source}", ("", "dense", "in seeds", ""), rows, left=(0, 3))
     show.line(f"run on {_run_on(found, text, tokenizer)}")
-
-
-def _peaks(source: Path, folder: Path, activations: str) -> tuple[measure.Memory, measure.Memory]:
-    """Peak memory of the dense model and of the one in seeds."""
-    return trial.peak_memory(source), trial.peak_memory(folder, activations)
 
 
 def _run_on(found: fidelity.Fidelity, text: Path | None, tokenizer: Any) -> str:

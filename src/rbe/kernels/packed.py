@@ -203,8 +203,10 @@ def _kronecker_backward(
     upstream = _blocks(_scaled(source, y), block_rows, height).reshape(block_rows, -1)
     phis = _modulations(source)
     d_x = gradients = None
-    amplitudes = torch.empty(*source.spec.grid, source.spec.stages) if by_x else None
-    if x is not None:
+    if x is None:
+        amplitudes = _amplitudes(source) if by_x else None
+    else:
+        amplitudes = torch.empty(*source.spec.grid, source.spec.stages) if by_x else None
         blocks = _blocks(x, block_columns, width).reshape(-1, width)
         found = [upstream @ (blocks @ phi.T).reshape(block_columns, -1).T for phi in phis]
         by_amplitude = found[0] if len(found) == 1 else torch.stack(found, -1)
@@ -212,8 +214,6 @@ def _kronecker_backward(
         addresses = map(_address, (amplitudes, by_amplitude, value, by_radius, by_angle))
         source.native.amplitudes(*addresses, torch.get_num_threads())
         gradients = _finished(source, value, by_radius, by_angle)
-    elif by_x:
-        amplitudes = _amplitudes(source)
     if amplitudes is not None:
         d_x = y.new_zeros(block_columns * n, width)
         for stage, phi in enumerate(phis):
