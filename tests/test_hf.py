@@ -409,3 +409,52 @@ def test_a_tensor_that_is_not_there_is_not_made_up(tmp_path: Path, kind: str) ->
     (tmp_path / "other.safetensors").replace(tmp_path / "seeds" / "model.safetensors")
     with pytest.raises(RbeError, match=f"does not hold {lost}"):
         transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "seeds")
+
+
+WITHOUT = """
+import sys, transformers
+for name in sys.argv[2:]:
+    try:
+        getattr(transformers, name).from_pretrained(sys.argv[1])
+    except RuntimeError as error:
+        print("raised", name)
+assert "rbe" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "writer"), [("gpt2", "compress"), ("llama-tied", "save_pretrained"), ("bert", "save"), ("t5", "compress")]
+)
+def test_without_the_plug_in_transformers_raises(tmp_path: Path, name: str, writer: str) -> None:
+    """In classes with and without a head; and with the plug-in nothing is unexpected."""
+    make, auto = MODELS[name]
+    source = dense_folder(make, tmp_path / "dense")
+    small = tmp_path / "small"
+    if writer == "compress":
+        convert.compress(source, small, effort="fast")
+    else:
+        model = auto.from_pretrained(source, quantization_config=rbe.hf.RbeConfig(effort="fast"))
+        rbe.save(model, small) if writer == "save" else model.save_pretrained(small)
+    classes = (auto.__name__, "AutoModel")
+    told = subprocess.run([sys.executable, "-c", WITHOUT, str(small), *classes], capture_output=True, text=True)
+    assert told.stdout.split() == ["raised", classes[0], "raised", classes[1]], told.stderr
+    guard = rbe.checkpoint.guard_name(json.loads((small / "config.json").read_text())["quantization_config"]["modules"])
+    for cls in classes:
+        _, info = getattr(transformers, cls).from_pretrained(small, output_loading_info=True)
+        assert guard not in info["unexpected_keys"]
+
+
+def test_folders_of_before_the_guard_still_load(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    convert.compress(dense_folder(gpt2, tmp_path / "dense"), small, effort="fast")
+    wanted = rbe.load(small)
+    shard = next(small.glob("*.safetensors"))
+    tensors = load_file(shard)
+    guard = rbe.checkpoint.guard_name(json.loads((small / "config.json").read_text())["quantization_config"]["modules"])
+    assert tensors.pop(guard).shape == (0,)
+    with safe_open(shard, framework="pt") as opened:
+        metadata = opened.metadata()
+    save_file(tensors, shard, metadata)
+    rbe.checkpoint.seal(small)
+    assert torch.equal(logits(rbe.load(small)), logits(wanted))
+    assert rbe.checkpoint.verify(small, tmp_path / "dense").ok

@@ -3,13 +3,14 @@
     import rbe.hf
     model = transformers.AutoModel.from_pretrained("minilm-2bit")
 
-Without the import transformers only warns that it does not know the method, and runs with random weights; `load` cannot
-be called without it, and `check_fingerprint` tells the two apart.
+Without the import transformers warns that it does not know the method, and raises over a tensor that is there for this
+(`rbe.checkpoint.guard_name`).
 """
 
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace as with_values
 from pathlib import Path
@@ -238,7 +239,9 @@ class RbeQuantizer(HfQuantizer):
         """Bring the description up to date with the model, and repeat it in every file's header; pack open seeds."""
         modules = self.quantization_config.modules = swap.describe(model)
         opened = any(isinstance(module, Seeded) and module.trainable for module in model.modules())
-        state = swap.packed_state(model) if opened else None
+        state = swap.packed_state(model) if opened else model.state_dict()
+        if modules:
+            state[checkpoint.guard_name(modules)] = torch.empty(0)
         return state, header_metadata({name: entry["spec"] for name, entry in modules.items()})
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
@@ -294,6 +297,7 @@ def _place(model: nn.Module, modules: dict[str, dict[str, Any]], stored: set[str
             "the folder again"
         )
     names = Names(model)
+    _pass_over_guard(model, names, modules)
     entries = {path: entry for name, entry in modules.items() if (path := _path(names, name)) is not None}
     kept = {_path(names, name.removesuffix(".weight")) for name in stored if name.endswith(".weight")}
     sites = {path: site for site in swap.find(model) for path in site.names}
@@ -312,6 +316,18 @@ def _place(model: nn.Module, modules: dict[str, dict[str, Any]], stored: set[str
             bool(entry.get("row_scale", False)),
             int(entry.get("outliers", 0)),
         )
+
+
+def _pass_over_guard(model: nn.Module, names: Names, modules: dict[str, dict[str, Any]]) -> None:
+    """The tensor that keeps transformers from loading without us is not to be reported as one too many."""
+    if not modules:
+        return
+    module = checkpoint.guard_name(modules).removesuffix(".weight")
+    known: Any = model
+    known._keys_to_ignore_on_load_unexpected = {
+        *(known._keys_to_ignore_on_load_unexpected or ()),
+        *(rf"(^|\.){re.escape(path)}\.weight$" for path in (module, _path(names, module)) if path is not None),
+    }
 
 
 def _path(names: Names, module: str) -> str | None:

@@ -155,9 +155,7 @@ def _save_transformers(model: Any, work: Path, max_shard_size: int) -> None:
     model.save_pretrained(work, max_shard_size=max_shard_size, save_original_format=False)
     name = type(model).__name__
     code = f"import rbe.hf\nfrom transformers import {name}\n\nmodel = {name}.from_pretrained('this-folder')"
-    _write_card(
-        work, name, "transformers fills the layers with random weights if `rbe.hf` is not imported first.", code
-    )
+    _write_card(work, name, "transformers raises a mismatch of sizes if `rbe.hf` is not imported first.", code)
     checkpoint.seal(work)
     checkpoint.write_fingerprint(work, hf.fingerprint_of(model))
 

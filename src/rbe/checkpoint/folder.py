@@ -265,6 +265,26 @@ def weight_name(module: str, entry: Mapping[str, Any]) -> str:
     return str(entry.get("tensor") or f"{module}.weight")
 
 
+def guard_name(modules: Mapping[str, Mapping[str, Any]]) -> str:
+    """Name of the empty tensor that stands in a transformers folder where a dense weight would.
+
+    transformers without `rbe.hf` finds no weights under the names it knows and would go on with random ones; over this
+    one, which has not the shape of its layer, it raises. The deepest module is in the base model and in those with a
+    head.
+
+    >>> guard_name({"lm_head": {}, "h.0.mlp.fc": {}, "h.1.mlp.fc": {}})
+    'h.0.mlp.fc.weight'
+    """
+    deepest = max(sorted(modules), key=lambda name: name.count("."))  # the first of them, in whatever order JSON has
+    return weight_name(deepest, modules[deepest])
+
+
+def _without_guard(tensors: dict[str, Stored], config: Mapping[str, Any]) -> dict[str, Stored]:
+    """The tensors that are the model's: a weight that has seeds is not stored, so under its name is the guard."""
+    weights = {weight_name(module, entry) for module, (_, entry) in specs(config).items()}
+    return {name: tensor for name, tensor in tensors.items() if name not in weights or tensor.shape != (0,)}
+
+
 def weight_sides(spec: SeedSpec, entry: Mapping[str, Any]) -> tuple[int, ...]:
     """Shape of the dense weight of a module in the source.
 
@@ -319,7 +339,7 @@ def open_tensors(dst: Path) -> Folder:
                     raise CorruptFile(f"{dst}: {name} should be there as {dtype} {list(shape)}; fetch the folder again")
         for module in streams.forms(config):
             streams.check_headers(module, tensors)
-    return Folder(dst, index, config, tensors)
+        return Folder(dst, index, config, _without_guard(tensors, config))
 
 
 def check_files(dst: Path) -> Folder:

@@ -72,16 +72,14 @@ def assemble(
 
 
 def _card(dense: Source, plan: Plan) -> str:
-    """README.md of the folder: without it a reader could load random weights with only a warning."""
+    """README.md of the folder: how to load it."""
     if dense.bare:
         load = "from pathlib import Path\nfrom rbe import checkpoint\n\n"
         load += 'matrices, others = checkpoint.load_matrices(Path("this-folder"))\n'
         load += "matrices[name].matmul(x)      # name is that of the tensor, without .weight"
     else:
         name = architecture(dense.config or {}) or "AutoModel"
-        load = (
-            "import rbe.hf                 # without this line transformers would fill the layers with random weights\n"
-        )
+        load = "import rbe.hf                 # without this line transformers raises a mismatch of sizes\n"
         load += f'from transformers import {name}\n\nmodel = {name}.from_pretrained("this-folder")'
     rates = sorted({entry.format for entry in plan.seeded})
     rates = rates if len(rates) < 4 else ["various rates"]
