@@ -110,6 +110,7 @@ def encode_entry(
         threads=threads,
         progress=progress,
         moments=moments,
+        overwrite=outliers is not None,  # what is taken from is a copy
         **_options(entry.spec, rotate),
     )
     return matrix if outliers is None else replace(matrix, outliers=outliers)

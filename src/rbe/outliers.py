@@ -112,10 +112,14 @@ class Outliers:
         return min(sum(int((part.abs() > limit).sum()) for part in parts), int(MOST_EXTREME * flat.numel()))
 
     def taken_from(self, dense: Tensor) -> Tensor:
-        """A dense (rows, columns) matrix less what the outliers hold of it: what is left for the seeds."""
-        flat = dense.detach().reshape(-1).clone()
-        flat[self._places().flat] -= self.values.to(flat.dtype)
-        return flat.reshape(self.shape)
+        """A copy, float32 or float64, of a dense (rows, columns) matrix less what the outliers hold of it."""
+        places = self._places()
+        wide = torch.promote_types(dense.dtype, torch.float32)
+        rest = dense.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
+        # Rounded as the source is, so that what is left does not depend on what it was widened to.
+        few = dense.detach()[places.rows, places.columns]
+        rest.view(-1)[places.flat] = (few - self.values.to(few.dtype)).to(wide)
+        return rest
 
     def add_to(self, dense: Tensor) -> Tensor:
         """The sum with a dense (rows, columns) matrix."""

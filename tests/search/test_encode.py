@@ -209,3 +209,13 @@ def bad_at(value: float) -> torch.Tensor:
 def test_bad_input_is_refused(W: torch.Tensor, options: dict, message: str) -> None:
     with pytest.raises(RbeError, match=message):
         encode(W, **options)
+
+
+def test_what_may_be_overwritten_gives_the_same_seeds() -> None:
+    """Contiguous or not; a matrix that may not be is left alone."""
+    W = gaussian(48, 64)
+    before = W.clone()
+    wanted = encode(W, effort="fast", seed=3)
+    assert torch.equal(W, before)
+    for source in (W.clone(), W.T.clone().T, W.double()):
+        assert torch.equal(encode(source, effort="fast", seed=3, overwrite=True).seeds, wanted.seeds)

@@ -32,6 +32,7 @@ def encode(
     stages: int = 1,
     precision: int = 32,
     moments: Tensor | None = None,
+    overwrite: bool = False,
 ) -> SeedMatrix:
     """Encode a matrix as seeds.
 
@@ -65,6 +66,8 @@ def encode(
         precision: packed64: bits of a fixed-point number, 32 or 64.
         moments: trellis only: (columns, columns), the mean of x x^T over the layer's inputs x, positive definite. The
             error of the outputs is then made small instead of that of the weights, which grows (`rbe.calibrate`).
+        overwrite: W may be used as working memory, and hold anything afterwards: a trellis then needs no copy of a
+            contiguous float32 matrix.
 
     Returns:
         The seeds with the least-squares scale: without moments the relative squared error is at most 1. A zero matrix
@@ -108,7 +111,7 @@ def encode(
     if isinstance(bits, tuple):
         if moments is not None:
             raise RbeError("encode: moments and grades do not go together; give one of them")
-        return encode_grades(W, bits, effort, turned, row_scale, seed, window, threads, progress)
+        return encode_grades(W, bits, effort, turned, row_scale, seed, window, threads, progress, overwrite)
     return encode_trellis(
-        W, 2 if bits is None else bits, effort, turned, row_scale, seed, window, threads, progress, moments
+        W, 2 if bits is None else bits, effort, turned, row_scale, seed, window, threads, progress, moments, overwrite
     ).matrix

@@ -23,6 +23,7 @@ def encode_grades(
     window: int | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], object] | None = None,
+    overwrite: bool = False,
 ) -> SeedMatrix:
     """Encode a matrix whose row ranges have different rates.
 
@@ -52,7 +53,9 @@ def encode_grades(
     for rows, part in spec.parts:
         before = rows.start * shape[1]
         step = None if progress is None else _after(before, shape[0] * shape[1], progress)
-        mine = encode_trellis(W[rows], part.bits, effort, rotate, True, seed, window, threads, step).matrix
+        mine = encode_trellis(
+            W[rows], part.bits, effort, rotate, True, seed, window, threads, step, overwrite=overwrite
+        ).matrix
         found.append(mine)
     return _together(spec, found)
 

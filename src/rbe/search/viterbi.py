@@ -189,8 +189,8 @@ def search(
     return Found(seeds, xx, xc, cc)
 
 
-def _source(W: Tensor) -> tuple[Tensor, int]:
-    """A float32 copy of W scaled by a power of two to at most 1, and the exponent that undoes it."""
+def _source(W: Tensor, overwrite: bool = False) -> tuple[Tensor, int]:
+    """W in float32, a copy unless it may be overwritten, scaled by a power of two to at most 1, and what undoes it."""
     if not isinstance(W, Tensor):
         raise RbeError(f"encode: the matrix is a {type(W).__name__}; give a torch.Tensor: torch.as_tensor(it)")
     if W.layout != torch.strided:
@@ -206,7 +206,8 @@ def _source(W: Tensor) -> tuple[Tensor, int]:
         raise RbeError(f"encode: the matrix is {W.dtype}; real floating-point weights are needed: convert it first")
     if W.is_meta:
         raise RbeError("encode: the matrix is on the meta device and holds no values; load the weights first")
-    x = W.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+    ready = overwrite and W.is_contiguous()
+    x = W.detach().to("cpu", torch.float32, copy=not ready, memory_format=torch.contiguous_format)
     low, high = (v.item() for v in torch.aminmax(x))
     largest = max(-low, high)
     if not math.isfinite(largest):
@@ -309,6 +310,7 @@ def encode_trellis(
     threads: int | None = None,
     progress: Callable[[int, int], object] | None = None,
     moments: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Encoded:
     """Encode a matrix as `trellis` seeds, and say how large the error is.
 
@@ -328,7 +330,7 @@ def encode_trellis(
         raise RbeError(f"encode: {threads} threads cannot work; give 1 or more, or None for all")
     if row_scale and rotate is True:
         raise RbeError("encode: row_scale with both sides rotated has no meaning; use rotate='in' or rotate=False")
-    x, exponent = _source(W)
+    x, exponent = _source(W, overwrite)
     rows, columns = x.shape
     spec = SeedSpec(
         "trellis",
