@@ -36,7 +36,7 @@ def main() -> None:
     matrix = kernels.prepare(spec, seeds, torch.tensor(0.01), None)
     dense = matrix.matmul(torch.eye(SIDE)).T.contiguous()
     print(f"Milliseconds, {SIDE}x{SIDE} at 2 bits, one thread: fused / by bands\n")
-    tiers = [name for name in ("portable", "avx2", "avx512", "amx") if cpu.tier_available(name)]
+    tiers = [name for name in cpu.FUSED_ROWS if cpu.tier_available(name)]
     print("| rows of x | torch float32 |", " | ".join(tiers), "|\n|---|---|" + "---|" * len(tiers))
     for batch in BATCHES:
         x = torch.randn(batch, SIDE)

@@ -32,7 +32,7 @@ BACKWARD = 2.0
 # A dense product takes at least so many of ours.
 FORWARD = {1: 1.0, 32: 1 / 1.1}
 # Floats of a vector.
-LANES = {"amx": 16, "avx512": 16, "avx2": 8}
+LANES = {"amx": 16, "avx512": 16, "zen4": 16, "avx2": 8}
 
 
 def random_matrix(name: str, side: int) -> packed.Packed:

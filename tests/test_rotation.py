@@ -54,7 +54,7 @@ def test_one_spike_spreads_evenly() -> None:
 
 
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "zen4"])
 def test_cpp_rotates_as_the_definition(n: int, name: str) -> None:
     if not cpu.tier_available(name):
         pytest.skip(f"this processor has no {name}")

@@ -1,8 +1,8 @@
 """The operations on seeds, decode, multiply and rows, and their implementations per device.
 
 `decode`, `seed_matmul` and `rows` take the tensors of one matrix and its specification. `prepare` does their checks
-once, for a matrix that is used many times. On the CPU an instruction tier is chosen at run time: amx, avx512, avx2 or
-portable; the environment variable RBE_TIER forces a lower one.
+once, for a matrix that is used many times. On the CPU an instruction tier is chosen at run time: amx, zen4, avx512,
+avx2 or portable; the environment variable RBE_TIER forces a lower one.
 
 A matrix is *frozen*, with packed seeds, or, in a format around points of the Poincare disk, *open*: then the seeds
 argument is its discrete code, and radius and angle stand beside it. x, scale, radius and angle have gradients, under

@@ -18,7 +18,7 @@ from rbe.rotation import rotate, rotate_back
 
 # Rows of x up to which the fused product is at least as fast as decoding a band and calling the platform's GEMM
 # (benchmarks/crossover.py). Integer activations are always fused: their sums are exact, whatever the tier.
-FUSED_ROWS = {"portable": 8, "avx2": 32, "avx512": 48, "amx": 1 << 30}
+FUSED_ROWS = {"portable": 8, "avx2": 32, "avx512": 48, "zen4": 48, "amx": 1 << 30}
 # Numbers of the one tile buffer of the many-rows path: 4 MB, near the cores in their caches; but up to four
 # times as many where the matrix is so wide that bands would be narrow, because the GEMM reads all of x for every band.
 TILE = 1 << 20

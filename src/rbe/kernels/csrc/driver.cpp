@@ -29,7 +29,7 @@ namespace {
 constexpr int64_t PACKED = int64_t{4} << 20;  // bytes of packed activations that a call aims to stay under
 constexpr int64_t ALONE = 1024;  // blocks (times rows of x, by fours) below which a second thread does not pay
 
-const char* const ORDER[] = {"portable", "avx2", "avx512", "amx"};
+const char* const ORDER[] = {"portable", "avx2", "avx512", "zen4", "amx"};
 
 const Tier* find(std::string_view name) {
     if (name == "portable") return &portable_tier();
@@ -41,6 +41,7 @@ const Tier* find(std::string_view name) {
                         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
     if (name == "avx2" && avx2) return &avx2_tier();
     if (name == "avx512" && avx512) return &avx512_tier();
+    if (name == "zen4" && avx512 && __builtin_cpu_is("amd")) return &zen4_tier();
     if (name == "amx" && avx512 && amx_permitted()) return &amx_tier();
 #endif
     return nullptr;

@@ -12,6 +12,7 @@ enum Gather {
     PERMUTE,    // any rate: a byte permutation
     BROADCAST,  // w <= 3: both columns lie within one 64-bit word, which is broadcast by the shift instruction itself
     HALVED,     // w = 4: as below
+    SHIFTED,    // w = 4, where shifts are cheap: as below that
 };
 
 // At w = 4 a 64-bit word holds 8 rows of two columns, and the word after it the same rows of the next two columns. So a
@@ -19,8 +20,14 @@ enum Gather {
 // 4 (v / 2) ... + 3 and rows 8 (v % 2) ... + 7; of its 64-bit lanes the even ones have the first two columns, the odd
 // ones the last two, and lanes 2 k and 2 k + 1 have rows 2 k and 2 k + 1 of the eight.
 
+// AMD's Zen 4 starts a shift of lanes, each by its own count, beside a multiplication, but a multishift, a rotation or a
+// funnel shift in place of one. So there a window is put together from the 16-bit word in which it begins and the next.
+// The words of a block are ordered once, so that 64 bits have those of two columns for rows 0 ... 7 and then those for
+// rows 8 ... 15: broadcast and shifted by 2, 4, ... 16 bits they are all windows of two columns, 32-bit lane k being row
+// k / 2 + 8 (k % 2). What comes before a block's first word is its own last one, so nothing around the block is read.
+
 struct Generator {
-    __m512i index, control, direct, halved, low, high, mask;
+    __m512i index, control, direct, halved, low, high, mask, here, after, right, left, turned;
     int w;
 
     explicit Generator(const Matrix& m) : w(m.w) {
@@ -41,6 +48,16 @@ struct Generator {
             const int row = k / 16 * 2 + k % 8 / 4, column = k % 4 / 2;
             eight[k] = static_cast<uint8_t>((8 * m.w * column + m.start(row) + 16 + 8 * (k % 2)) & 63);
         }
+        alignas(64) uint16_t first[32], next[32], down[32], up[32];
+        for (int k = 0; k < 32; k++) {
+            const int word = k / 4 * 4 + (k % 2) * 2 + k % 4 / 2;
+            first[k] = static_cast<uint16_t>((word + 31) % 32), next[k] = static_cast<uint16_t>(word);
+            down[k] = static_cast<uint16_t>(k / 4 * 2 + 2), up[k] = static_cast<uint16_t>(16 - down[k]);
+        }
+        here = _mm512_load_si512(first), after = _mm512_load_si512(next);
+        right = _mm512_load_si512(down), left = _mm512_load_si512(up);
+        turned = _mm512_unpacklo_epi64(_mm512_set1_epi16(static_cast<int16_t>(m.even)),
+                                       _mm512_set1_epi16(static_cast<int16_t>(m.odd)));
         index = _mm512_load_si512(from);
         halved = _mm512_load_si512(eight);
         control = _mm512_load_si512(shift);
@@ -67,10 +84,27 @@ struct Generator {
         hi = _mm512_add_epi16(_mm512_mulhi_epu16(windows, low), PAIRED ? lo : _mm512_mullo_epi16(windows, high));
     }
 
-    // Columns 2 pair and 2 pair + 1 of a block; or its vector `pair`, if halved.
+    // The words of a block of 64 bytes in the order of `SHIFTED`, and after them those that follow each.
+    [[gnu::always_inline]] const uint8_t* ordered(const uint8_t* block, uint8_t* out) const {
+        const __m512i words = _mm512_loadu_si512(block);
+        _mm512_store_si512(out, _mm512_permutexvar_epi16(here, words));
+        _mm512_store_si512(out + 64, _mm512_permutexvar_epi16(after, words));
+        return out;
+    }
+
+    // Columns 2 pair and 2 pair + 1 of a block; its vector `pair`, if halved; of an ordered block, if shifted.
     template <bool PAIRED, Gather HOW>
     [[gnu::always_inline]] void products(const uint8_t* block, int pair, __m512i& lo, __m512i& hi) const {
         __m512i windows;
+        if (HOW == SHIFTED) {
+            int64_t word, next;
+            std::memcpy(&word, block + 8 * pair, 8), std::memcpy(&next, block + 64 + 8 * pair, 8);
+            windows = _mm512_or_si512(_mm512_srlv_epi16(_mm512_set1_epi64(word), right),
+                                      _mm512_sllv_epi16(_mm512_set1_epi64(next), left));
+            lo = _mm512_mullo_epi16(windows, turned);
+            hi = _mm512_add_epi16(_mm512_mulhi_epu16(windows, turned), lo);
+            return;
+        }
         if (HOW == HALVED) {
             const uint8_t* at = block + 16 * (pair / 2) + 2 * (pair % 2) - 2;
             __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));

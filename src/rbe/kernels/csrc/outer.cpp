@@ -16,7 +16,7 @@ thread_local Scratch scratch_rows;
 const OuterTier& outer_tier() {
 #if defined(RBE_X86_TIERS)
     const char first = tier().name[0], last = tier().name[3];
-    if (first == 'a') return last == '2' ? outer_avx2() : outer_avx512();  // amx has avx512
+    if (first != 'p') return last == '2' ? outer_avx2() : outer_avx512();  // amx and zen4 have avx512
 #endif
     return outer_portable();
 }

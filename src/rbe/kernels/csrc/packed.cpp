@@ -23,7 +23,7 @@ thread_local Scratch scratch_records, scratch_profiles, scratch_slopes, scratch_
 const PackedTier& packed_tier() {
 #if defined(RBE_X86_TIERS)
     const char first = tier().name[0], last = tier().name[3];
-    if (first == 'a') return last == '2' ? packed_avx2() : packed_avx512();  // amx has avx512
+    if (first != 'p') return last == '2' ? packed_avx2() : packed_avx512();  // amx and zen4 have avx512
 #endif
     return packed_portable();
 }

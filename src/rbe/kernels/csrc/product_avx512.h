@@ -2,13 +2,18 @@
 // tiers, after generate_avx512.h.
 #pragma once
 
+constexpr int64_t RING = 4;  // blocks
+
+// Whether the blocks of a matrix are read as words that are shifted.
+inline bool shifted(const Matrix& m) { return SHIFTS && m.w == 4 && m.paired(); }
+
 // Packed: for each batch row and digit, 32-bit words, one a pair of columns (each twice in a row if halved), then one
 // start value a chunk of columns, -510 times the digits' sum. A word is two 16-bit digits, or for int8 x0 x0 x1 x1.
 struct Words {
     bool half;
     int64_t pairs, chunks, planes, size;
     Words(const Matrix& m, int64_t cols, bool int8)
-        : half(m.w == 4), pairs(cols / 2), chunks((cols + CHUNK - 1) / CHUNK), planes(int8 ? 1 : 2),
+        : half(m.w == 4 && !shifted(m)), pairs(cols / 2), chunks((cols + CHUNK - 1) / CHUNK), planes(int8 ? 1 : 2),
           size(pairs * (half ? 2 : 1) + (chunks + 15) / 16 * 16) {}
 };
 
@@ -53,19 +58,32 @@ void block_row(const Matrix& m, const Generator& g, const int32_t* x, const Word
     constexpr int CHAINS = HALF || NB == 1 ? 2 : 1;
     const int32_t* starts = x + words.size - (words.chunks + 15) / 16 * 16;
     Padded padded;
+    // Blocks are ordered some time before they are read: from a store of a whole vector nothing is passed on to loads.
+    alignas(64) uint8_t ring[HOW == SHIFTED ? RING : 1][128];
+    const auto order = [&](int64_t j) {
+        const uint8_t* block = m.block(i, j);
+        ask_ahead(block, 64), g.ordered(block, ring[j % RING]);
+    };
+    if (HOW == SHIFTED)
+        for (int64_t j = 0; j < std::min<int64_t>(RING / 2, m.block_cols); j++) order(j);
     __m512i total[NB][2] = {};
-    for (int64_t c = 0; c < words.chunks; c++) {
+    // Products with 8-bit digits of many chunks fit 32 bits: 127 * 1020 * 64 * 128 < 2^31.
+    constexpr int64_t SPAN = INT8 ? 64 : 1;
+    for (int64_t c = 0; c < words.chunks; c += SPAN) {
         __m512i acc[NB][2][CHAINS];  // for int8 the second index is the half of the product
         for (int b = 0; b < NB; b++)
             for (int d = 0; d < 2; d++)
                 for (int k = 0; k < CHAINS; k++) {
-                    const int32_t start = starts[(b * PLANES + (INT8 ? 0 : d)) * words.size + c];
+                    int32_t start = 0;
+                    for (int64_t part = c; part < std::min(c + SPAN, words.chunks); part++)
+                        start += starts[(b * PLANES + (INT8 ? 0 : d)) * words.size + part];
                     const bool used = !(INT8 && d) && (HALF || k == 0);
                     acc[b][d][k] = used ? _mm512_maskz_set1_epi32(HALF ? 0x3333 : 0xFFFF, start) : _mm512_setzero_si512();
                 }
-        const int64_t last = std::min((c + 1) * (CHUNK / EDGE), m.block_cols);
+        const int64_t last = std::min((c + SPAN) * (CHUNK / EDGE), m.block_cols);
         for (int64_t j = c * (CHUNK / EDGE); j < last; j++) {
-            const uint8_t* block = readable(m, m.block(i, j), padded);
+            if (HOW == SHIFTED && j + RING / 2 < m.block_cols) order(j + RING / 2);
+            const uint8_t* block = HOW == SHIFTED ? ring[j % RING] : readable(m, m.block(i, j), padded);
             const int32_t* word = x + j * (HALF ? EDGE : EDGE / 2);
 #pragma GCC unroll 8
             for (int p = 0; p < EDGE / 2; p++) {
@@ -103,6 +121,9 @@ void block_row(const Matrix& m, const Generator& g, const int32_t* x, const Word
                 } else {
                     __m512i v = acc[b][d][0];
                     if (CHAINS == 2) v = _mm512_add_epi32(v, acc[b][d][CHAINS - 1]);
+                    if (HOW == SHIFTED)
+                        v = _mm512_permutexvar_epi32(
+                            _mm512_set_epi32(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0), v);
                     half[0] = _mm512_castsi512_si256(v), half[1] = _mm512_extracti64x4_epi64(v, 1);
                 }
                 for (int h = 0; h < 2; h++) {
@@ -135,7 +156,9 @@ void block_rows(const Matrix& m, const Activations& a, int64_t begin, int64_t en
 
 void product_words(const Matrix& m, const Activations& a, int64_t begin, int64_t end, int64_t* sums, int64_t stride) {
     const auto run = [&](auto one, auto two) { (a.int8 ? one : two)(m, a, begin, end, sums, stride); };
-    if (m.w == 4)
+    if (shifted(m))
+        run(block_rows<true, SHIFTED, true>, block_rows<true, SHIFTED, false>);
+    else if (m.w == 4)
         m.paired() ? run(block_rows<true, HALVED, true>, block_rows<true, HALVED, false>)
                    : run(block_rows<false, HALVED, true>, block_rows<false, HALVED, false>);
     else if (!m.paired())

@@ -9,6 +9,7 @@
 
 namespace rbe {
 namespace {
+constexpr bool SHIFTS = false;
 #include "generate_avx512.h"
 #include "product_avx512.h"
 #include "tier_common.h"

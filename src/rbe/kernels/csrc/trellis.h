@@ -74,6 +74,7 @@ const Tier& portable_tier();
 #if defined(RBE_X86_TIERS)  // set by the build where it compiles them
 const Tier& avx2_tier();
 const Tier& avx512_tier();
+const Tier& zen4_tier();
 const Tier& amx_tier();
 bool amx_permitted();  // asks the kernel once
 #endif
