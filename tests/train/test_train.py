@@ -59,6 +59,21 @@ STREAM = "[model]\nwidths = [64, 32, 4]\nnorm = 'none'\n[seeds]\nformat = 'strea
 STREAM += "[train]\nepochs = 8\nbatch = 50\nlr = 0.05\n"
 
 
+@pytest.mark.parametrize("seeds", ["", "[seeds]\nformat = 'packed128'\n", "[seeds]\nformat = 'dense'\n", STREAM])
+def test_products_in_bfloat16_train_parameters_in_float32(write: Write, tmp_path: Path, seeds: str) -> None:
+    exact = load_config(write(seeds if seeds == STREAM else seeds + QUICK.replace("flip_every = 4\n", "")))
+    config = replace(exact, train=replace(exact.train, dtype="bfloat16"))
+    result, other = train(config, tmp_path / "out"), train(exact, tmp_path / "exact")
+    assert result.accuracy > 0.6
+    stored = load(tmp_path / "out").state_dict()
+    assert all(tensor.dtype != torch.bfloat16 for tensor in stored.values())
+    changed = any(not torch.equal(t, stored[name]) for name, t in load(tmp_path / "exact").state_dict().items())
+    assert changed == ("dense" in seeds or seeds == STREAM)  # blocks are multiplied in float32
+    # Runs of before there was a choice are still the same runs.
+    assert "dtype" not in exact.to_json()["train"] and Config.from_json(config.to_json()).train.dtype == "bfloat16"
+    assert result.seed_bytes <= 90 if seeds == STREAM else result.seed_bytes == other.seed_bytes
+
+
 def test_a_network_of_streams_keeps_to_its_bytes_and_goes_on_where_it_stopped(write: Write, tmp_path: Path) -> None:
     config = load_config(write(STREAM))
     result = train(config, tmp_path / "out")
@@ -338,6 +353,7 @@ def test_norms_are_measured_anew_for_validation(write: Write, tmp_path: Path) ->
         ("[model]\nwidths = ['a', 2]\n", "whole numbers"),
         ("[seeds]\nblocks = [8]\n", "1 entries for 2 matrices"),
         ("[train]\nphases = 'two'\n", "choose one of one, three, rounds"),
+        ("[train]\ndtype = 'float16'\n", "choose one of float32, bfloat16"),
         ("[seeds]\nformat = 'packed128'\n[train]\nphases = 'rounds'\n", 'phases = "rounds" changes discrete bits'),
         ("[seeds]\nformat = 'packed64'\n[train]\nflip_every = 2\n", "which outer128 and packed128 have"),
         ("[train]\nbeam_every = 2\n", "which packed128 have"),

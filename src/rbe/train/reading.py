@@ -148,6 +148,7 @@ def _check(path: Path, config: Config) -> None:
     choices: list[tuple[str, str, tuple[str, ...]]] = [
         ("[model] kind", model.kind, NETWORKS[data.task]),
         ("[model] norm", model.norm, ("batch", "none")),
+        ("[train] dtype", config.train.dtype, ("float32", "bfloat16")),
         ("[seeds] format", seeds.format, FORMATS),
         ("[train] phases", config.train.phases, ("one", "three", "rounds")),
     ]

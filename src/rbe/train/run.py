@@ -315,8 +315,9 @@ class _Run:
         for k, batch in enumerate(islice(self.task.batches(self.generator), self.steps)):
             hints = None
             if self.teacher is not None:
-                with torch.no_grad():
-                    hints = functional.softmax(self.teacher(*batch.inputs).flatten(0, -2) / recipe.softness, 1)
+                with torch.no_grad(), self._products():
+                    hints = self.teacher(*batch.inputs).flatten(0, -2).float()
+                hints = functional.softmax(hints / recipe.softness, 1)
 
             def loss(batch: Batch = batch, hints: Tensor | None = hints) -> Tensor:
                 return self.loss(batch, hints)
@@ -377,7 +378,9 @@ class _Run:
 
     def loss(self, batch: Batch, hints: Tensor | None) -> Tensor:
         recipe = self.config.train
-        out, targets = self.model(*batch.inputs).flatten(0, -2), batch.targets.flatten()
+        with self._products():
+            out = self.model(*batch.inputs).flatten(0, -2).float()
+        targets = batch.targets.flatten()
         loss = functional.cross_entropy(out, targets, ignore_index=NOTHING, label_smoothing=recipe.smoothing)
         if hints is None:
             return loss
@@ -386,6 +389,10 @@ class _Run:
             out, hints = out[there], hints[there]
         soft = functional.cross_entropy(out / recipe.softness, hints) * recipe.softness**2
         return (1 - recipe.weight) * loss + recipe.weight * soft
+
+    def _products(self) -> torch.autocast:
+        """Within it products are of the recipe's dtype."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.train.dtype == "bfloat16")
 
     def _turn(self, step: int, loss: Callable[[], Tensor]) -> None:
         """Discrete bits, every so many steps."""
