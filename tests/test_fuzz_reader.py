@@ -7,22 +7,29 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch import nn
 
+import rbe
 from rbe import checkpoint, convert, shards, source
 from rbe.errors import RbeError
 from rbe.source import INDEX
 
 SHARD = "model-00001-of-00001.safetensors"
-RELAXED = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=["trellis", "outer128", "stream"])
+def folder(request, tmp_path_factory):
     base = tmp_path_factory.mktemp("fuzz")
     torch.manual_seed(0)
     tensors = {"a.weight": torch.randn(32, 32), "emb.weight": torch.randn(32, 32), "a.bias": torch.randn(5)}
     save_file(tensors, base / "tiny.safetensors", {"format": "pt"})
-    convert.compress(base / "tiny.safetensors", base / "seeds", effort="fast", threads=1)
+    if request.param == "trellis":
+        convert.compress(base / "tiny.safetensors", base / "seeds", effort="fast", threads=1)
+    elif request.param == "outer128":
+        rbe.save(nn.Sequential(rbe.nn.Linear(32, 40, format="outer128"), nn.Linear(40, 2)), base / "seeds")
+    else:
+        rbe.save(nn.Sequential(rbe.nn.StreamConv2d(3, 4, 3), rbe.nn.StreamLinear(30, 20)), base / "seeds")
     return base / "seeds"
 
 

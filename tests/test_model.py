@@ -203,3 +203,15 @@ def test_an_architecture_whose_files_have_older_names_comes_back(tmp_path: Path,
     convert.decompress(tmp_path / "again", tmp_path / "restored")
     restored = ViTForImageClassification.from_pretrained(tmp_path / "restored").eval()
     assert torch.allclose(restored(x).logits, model(x).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", ["packed64", "packed128", "outer128"])
+@pytest.mark.parametrize("skeleton", [nn.Linear, rbe.nn.Linear])
+def test_open_seeds_are_saved_packed(tmp_path: Path, format: str, skeleton: type[nn.Module]) -> None:
+    model = nn.Sequential(rbe.nn.Linear(32, 40, format=format), nn.ReLU(), nn.Linear(40, 2))
+    folder = rbe.save(model, tmp_path / "out")
+    layer = nn.Linear(32, 40) if skeleton is nn.Linear else rbe.nn.Linear(32, 40, format=format)
+    again = rbe.load(folder, model=nn.Sequential(layer, nn.ReLU(), nn.Linear(40, 2)))
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(again(x), model(x), rtol=1e-5, atol=1e-5)
+    assert not again[0].trainable and model[0].trainable

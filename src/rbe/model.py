@@ -298,7 +298,7 @@ def _names_after(
         owner = modules.get(path)
         for other in (path, *entry.get("tied", ())):
             names.discard(f"{other}.weight")
-            names.difference_update(f"{other}.{name}" for name in ("code", "radius", "angle", "scale"))
+            names.difference_update(f"{other}.{name}" for name in ("code", "latent", "radius", "angle", "scale"))
             if other == path or modules.get(other) is owner:
                 names.update(checkpoint.expected(other, spec, entry["row_scale"], entry.get("outliers", 0)))
         names.discard(checkpoint.weight_name(path, entry))

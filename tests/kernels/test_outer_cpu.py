@@ -161,6 +161,28 @@ def test_training_equals_plain_torch(tier: str, block: int) -> None:
                 assert (one - other).norm() <= 1e-5 * other.norm()
 
 
+@pytest.mark.parametrize("block", outer128.BLOCKS)
+@pytest.mark.parametrize("count", [40, 300])
+def test_training_of_many_rows_is_as_exact_as_float32(tier: str, block: int, count: int) -> None:
+    """Latents, radius, angle, scale and x, against plain torch in float64 and in float32."""
+    spec, (_, *seeds) = training_tensors(block)
+    x, probe = random(count, 70).requires_grad_(), random(count, 50, seed=3)
+
+    def derivatives(product: Any, dtype: torch.dtype) -> list[Tensor]:
+        parts = [x, *seeds[:4]]
+        wide = [p.detach().to(dtype).requires_grad_() for p in parts]
+        y = product(*wide, seeds[4])
+        return [y, *torch.autograd.grad((y * probe.to(dtype)).sum(), wide)]
+
+    def plain(x: Tensor, numbers: Tensor, *rest: Tensor) -> Tensor:
+        return outer.matmul(x, signs_of(numbers), *rest, spec)
+
+    mine = derivatives(lambda *parts: latent.matmul(*parts, spec), torch.float32)
+    naive, exact = derivatives(plain, torch.float32), derivatives(plain, torch.float64)
+    for k, (one, other, right) in enumerate(zip(mine, naive, exact, strict=True)):
+        assert_close(one.detach(), other.detach(), right.detach(), k)
+
+
 def test_derivatives_of_derivatives_are_those_of_plain_torch() -> None:
     spec, parts = training_tensors(16)
     x, numbers, *rest = parts

@@ -42,7 +42,7 @@ def packed_state(model: nn.Module) -> dict[str, Tensor]:
             matrix = packed.setdefault(id(module), module.matrix)
         except RbeError as cause:
             raise RbeError(f"{path or 'model'}: {cause}") from cause
-        for name in ("code", "radius", "angle"):
+        for name in module.opened:
             del state[f"{prefix}{name}"]
         state.update({f"{prefix}{name}": tensor for name, tensor in matrix.to_tensors().items()})
     return state

@@ -150,6 +150,11 @@ class Seeded(nn.Module):
         """Whether the seeds are open: radius and angle are Parameters."""
         return "radius" in self.owner._parameters
 
+    @property
+    def opened(self) -> tuple[str, ...]:
+        """Names of the tensors that stand, while the seeds are open, where they are otherwise."""
+        return ("latent" if formats.disk(self.spec.format).SIGNS else "code", "radius", "angle")
+
     def unfreeze(self) -> Self:
         """Open the seeds for training, in place.
 

@@ -229,7 +229,7 @@ def place_vector(model: nn.Module, path: str, spec: SeedSpec) -> None:
 def shut(module: Seeded) -> None:
     """Bring a layer into the state that files have, its tensors unfilled, for a loader to fill."""
     if module.trainable and module.owner is module:
-        for name in ("code", "radius", "angle", "scale"):
+        for name in (*module.opened, "scale"):
             delattr(module, name)
         words = (module.spec.blocks, formats.get(module.spec.format).words(module.spec))
         module.register_buffer("seeds", torch.empty(words, dtype=torch.int64, device="meta"))
