@@ -200,24 +200,30 @@ def _kronecker_backward(
     """As `backward`, before the rotations."""
     (block_rows, block_columns), (height, width) = source.spec.grid, source.spec.block_shape
     n, scale = y.shape[0], source.tensors.scale
-    upstream = _blocks(_scaled(source, y), block_rows, height).reshape(block_rows, -1)
-    phis = _modulations(source)
+    upstream, phis = _blocks(_scaled(source, y), block_rows, height).reshape(-1, height), _modulations(source)
+
+    @lru_cache(maxsize=1)
+    def passed(stage: int) -> Tensor:
+        """What both derivatives need of y, y_I phi_s: the last one is kept, all of them might be large."""
+        return (upstream @ phis[stage]).reshape(block_rows, -1)
+
     d_x = gradients = None
     if x is None:
         amplitudes = _amplitudes(source) if by_x else None
     else:
         amplitudes = torch.empty(*source.spec.grid, source.spec.stages) if by_x else None
-        blocks = _blocks(x, block_columns, width).reshape(-1, width)
-        found = [upstream @ (blocks @ phi.T).reshape(block_columns, -1).T for phi in phis]
+        blocks = _blocks(x, block_columns, width).reshape(block_columns, -1)
+        found = [passed(stage) @ blocks.T for stage in range(len(phis))]
+        del blocks  # the sooner memory is free, the less of it is new to the process
         by_amplitude = found[0] if len(found) == 1 else torch.stack(found, -1)
         value, by_radius, by_angle = (torch.empty(source.spec.blocks, source.spec.stages) for _ in range(3))
         addresses = map(_address, (amplitudes, by_amplitude, value, by_radius, by_angle))
         source.native.amplitudes(*addresses, torch.get_num_threads())
         gradients = _finished(source, value, by_radius, by_angle)
     if amplitudes is not None:
-        d_x = y.new_zeros(block_columns * n, width)
-        for stage, phi in enumerate(phis):
-            d_x.addmm_((amplitudes[..., stage].T @ upstream).reshape(-1, height), phi)
+        d_x = y.new_zeros(block_columns, n * width)
+        for stage in reversed(range(len(phis))):
+            d_x.addmm_(amplitudes[..., stage].T, passed(stage))
         d_x = _unblocked(d_x.reshape(block_columns, n, width), source.spec.shape[1]).mul_(scale)
     return d_x, gradients
 

@@ -54,8 +54,8 @@ using Integers = std::vector<int32_t, Lines<int32_t>>;
 
 // The memory behind one `Tables`.
 struct Shape : Tables {
-    Floats wave_values, radius_values, phi_values, quarter_values;
-    Integers class_values, quarter_classes;
+    Floats wave_values, radius_values, phi_values, quarter_values, joined_values;
+    Integers class_values, quarter_classes, joined_classes;
 
     Shape(int kind, int64_t h, int64_t w, int stages) {
         width = w, stride = (w + LANES - 1) / LANES * LANES, pairs = (h + 1) / 2;
@@ -93,6 +93,18 @@ struct Shape : Tables {
                                             static_cast<size_t>(stride) + static_cast<size_t>(j)];
             }
         quarters = quarter_values.data(), quarter_class = quarter_classes.data();
+        if (half == LANES / 2 && pairs == half) join();
+    }
+
+    void join() {
+        const size_t side = LANES / 2, cells = side * side;
+        for (size_t q = 0; q < FREQUENCIES; q++)
+            for (size_t i = 0; i < side; i++)
+                for (size_t part = 0; part < 2; part++)
+                    for (size_t j = 0; j < side; j++)
+                        joined_values.push_back(quarter_values[(2 * q + part) * cells + i * side + j]);
+        for (size_t k = 0; k < 2 * cells; k++) joined_classes.push_back(quarter_classes[k / LANES * side + k % side]);
+        joined = joined_values.data(), joined_class = joined_classes.data();
     }
 
     void disk(int64_t h) {

@@ -35,6 +35,9 @@ struct Tables {
     int64_t half = 0, quarter = 0;             // columns, vectors of a quarter
     const float* quarters = nullptr;           // (64, 2, quarter, LANES): cos, sin of q a
     const int32_t* quarter_class = nullptr;    // (quarter, LANES)
+    // Blocks of LANES rows and as many columns: both quarters side by side, and their classes; else null.
+    const float* joined = nullptr;          // (64, LANES / 2, LANES): rows of cos, then sin, of q a
+    const int32_t* joined_class = nullptr;  // (LANES / 2, LANES)
 };
 
 struct Packed {

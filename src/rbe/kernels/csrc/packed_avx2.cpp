@@ -68,9 +68,12 @@ inline VF reciprocal(VF x) {
 constexpr int VECTORS = 4, TOGETHER = 2, BATCH = 3, BACK = 4;
 // Of backward passes: records whose rows of y are read together; of gradients of blocks: records and vectors at once.
 constexpr int SHARED = 2, OWNED = 2, DEPTH = 4;
+// Rows for which nothing of a record is stored.
+constexpr int64_t FEW = 2;
 
 #include "packed_tier.h"
 #include "packed_product.h"
+#include "packed_walk.h"
 #include "packed_backward.h"
 }  // namespace
 

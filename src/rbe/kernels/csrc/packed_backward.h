@@ -1,5 +1,5 @@
 // Derivatives of products with small packed128 blocks, quarter by quarter (see `Tables`). Included after
-// packed_product.h.
+// packed_walk.h.
 //
 // With C = f cos and S = f sin of the left upper quarter, a row of y gives P = C^T y_even and Q = S^T y_odd, from which
 // follows all that a block has to say: amp u P and amp v Q are derivatives by folded x, and their products with folded
@@ -165,37 +165,8 @@ inline void radial_quarters(const Tables& t, const Record& r, const float* profi
     }
 }
 
-// The derivatives of four records, from their sums: as `add_sums`, side by side; times the scale but for the value.
-template <int KIND, int SUMS>
-inline void conclude(const Record* r, const VF (*sums)[SUMS], float scale, Four* out) {
-    Four total[4], field[4];
-    if constexpr (SUMS == 4) {
-        turned(sum4(sums[0]), sum4(sums[1]), sum4(sums[2]), sum4(sums[3]), total);
-    } else {
-        const Four a = sum4(sums[0]), b = sum4(sums[2]);  // of two records each
-        total[0] = __builtin_shufflevector(a, b, 0, 2, 4, 6), total[1] = __builtin_shufflevector(a, b, 1, 3, 5, 7);
-    }
-    turned(four(&r[0].u), four(&r[1].u), four(&r[2].u), four(&r[3].u), field);
-    const Four q = {static_cast<float>(r[0].q), static_cast<float>(r[1].q), static_cast<float>(r[2].q),
-                    static_cast<float>(r[3].q)};
-    const Four u = field[0], v = field[1], amp = field[2], slope = field[3];
-    const Four value = u * total[0] + v * total[1];
-    out[0] = amp * value;
-    out[1] = scale * slope * (KIND == RADIAL ? u * total[2] + v * total[3] : value);
-    out[2] = scale * amp * q * (v * total[0] - u * total[1]);
-}
-
-// Rows for which nothing of a record is stored, and from which on the gradient by a block is formed.
-constexpr int64_t FEW = 2, MANY = 8;
-
-// Calls run(k) for k = 0 ... COUNT - 1, each a constant: what a loop indexes stays in memory.
-template <int COUNT, class F>
-inline __attribute__((always_inline)) void unrolled(const F& run) {
-    const auto each = [&]<int... K>(std::integer_sequence<int, K...>) __attribute__((always_inline)) {
-        (run(std::integral_constant<int, K>()), ...);
-    };
-    each(std::make_integer_sequence<int, COUNT>());
-}
+// Rows from which on the gradient by a block is formed.
+constexpr int64_t MANY = 8;
 
 // COUNT records of one block row, NUMBER of them at once where there are that many: run(first, number).
 template <int COUNT, int NUMBER, class F>
@@ -236,124 +207,53 @@ inline void serve(const Tables& t, const Passing* of, const float* y, int64_t ro
 template <int KIND, int HALF, bool SQUARE, bool BY_X, bool BY_SEEDS>
 void backward_of(const Packed& p, int64_t J0, int64_t J1, const float* x, const float* y, int64_t batch, float* d_x,
                  float* const* out) {
-    thread_local Memory records_memory, profile_memory, slopes_memory, matrix_memory, x_memory, d_memory;
-    // Rows whose derivatives are added up before the seeds are read again. What a few columns of blocks need of them stays
-    // near while block rows pass by.
-    constexpr int64_t ROWS = 128, COLUMNS = 4;
-    // Records and their profiles that are computed before they are used: in the second level.
-    constexpr int64_t READY = 512;
+    thread_local Memory matrix_memory;
     constexpr int PER = KIND == RADIAL && BY_SEEDS ? 2 : 1, SUMS = 2 * PER;
     const Tables& t = *p.tables;
-    const int64_t n = cells_of<HALF, SQUARE>(t), per_block = p.records(), blocks = J1 - J0, wide = blocks * per_block;
-    const int64_t tall = std::clamp<int64_t>(READY / wide, 1, p.block_rows), count = tall * wide;
-    const int64_t classes = KIND == RADIAL ? t.classes : 0, half = half_of<HALF>(t), y_row = 2 * (n / half);
+    const int64_t n = cells_of<HALF, SQUARE>(t), classes = KIND == RADIAL ? t.classes : 0, half = half_of<HALF>(t);
     const int64_t d_part = std::max<int64_t>(half, W), x_row = 2 * half, d_row = 2 * d_part;
-    const int64_t x_stride = folded_stride(p), most = std::min(ROWS, batch);
-    Record* ready = reinterpret_cast<Record*>(
-        records_memory.get((count + AT_ONCE * p.parts()) * static_cast<int64_t>(sizeof(Record) / 4)));
-    float* profile = profile_memory.get(count * classes + LANES);
-    float* slopes = BY_SEEDS ? slopes_memory.get(count * classes + LANES) : nullptr;
-    float* own_x = BY_SEEDS ? x_memory.get(blocks * most * x_row) : nullptr;
-    float* d = BY_X ? d_memory.get(blocks * most * d_row) : nullptr;
     float* matrices = KIND == RADIAL ? matrix_memory.get(4 * 2 * PER * n) : nullptr;
 
-    // COUNT records from k on of block columns J ... in block row I0 + i; rows [first, first + rows).
-    const auto of_records = [&](auto count, auto few, int64_t I0, int64_t i, int64_t J, int64_t k, int64_t first,
-                                int64_t rows) __attribute__((always_inline)) {
+    const auto serve_step = [&](auto count, auto few, const Step& at, Four* total) __attribute__((always_inline)) {
         constexpr int COUNT = count();
-        const int64_t at = i * wide + J * per_block + k;
-        const Record* r = ready + at;
-        const float *f_of = profile + at * classes, *g_of = BY_SEEDS ? slopes + at * classes : f_of;
+        const Record* r = at.r;
         Passing of[COUNT];
 #pragma GCC unroll 4
         for (int o = 0; o < COUNT; o++) {
-            const int64_t column = per_block == 1 ? J + k + o : J + (k + o) / per_block, odd = r[o].q & 1;
+            const int64_t column = at.column(o), odd = r[o].q & 1;
             float* matrix = matrices + (KIND == RADIAL ? o * 2 * PER * n : 0);
             if (KIND == RADIAL && !few())
-                radial_quarters(t, r[o], f_of + o * classes, PER == 2 ? g_of + o * classes : nullptr, matrix);
+                radial_quarters(t, r[o], at.profile + o * classes, PER == 2 ? at.slopes + o * classes : nullptr, matrix);
             for (int m = 0; m < 2; m++) {
                 const int64_t side = m ? 1 - odd : odd;
                 for (int e = 0; e < PER; e++)
                     of[o].matrix[m][e] = KIND == RADIAL ? matrix + (2 * e + m) * n : t.quarters + (r[o].q * 2 + m) * n;
-                of[o].x[m] = BY_SEEDS ? own_x + column * rows * x_row + side * half : nullptr;
-                of[o].d[m] = BY_X ? d + column * rows * d_row + side * d_part : nullptr;
+                of[o].x[m] = BY_SEEDS ? at.x + column * at.rows * x_row + side * half : nullptr;
+                of[o].d[m] = BY_X ? at.d + column * at.rows * d_row + side * d_part : nullptr;
                 of[o].amp[m] = r[o].amp * (m ? r[o].v : r[o].u);
             }
         }
-        VF sums[4][SUMS] = {};
-        const float* of_y = y + ((I0 + i) * batch + first) * y_row;
+        VF sums[4][SUMS];  // as one initializer, the compiler would call on an instruction with a long start
+        unrolled<4 * SUMS>([&](auto k) __attribute__((always_inline)) { sums[k() / SUMS][k() % SUMS] = VF{}; });
         if (few()) {
             in_groups<COUNT, KIND == RADIAL ? 2 : SHARED>([&](auto o, auto number) __attribute__((always_inline)) {
-                for (int64_t b = 0; b < rows; b++)
+                for (int64_t b = 0; b < at.rows; b++)
                     pass_row<KIND, HALF, SQUARE, number(), PER, BY_X, BY_SEEDS>(
-                        t, r + o(), f_of + o() * classes, g_of + o() * classes, of + o(), of_y, b, x_row, d_row,
-                        sums + o());
+                        t, r + o(), at.profile + o() * classes, at.slopes + o() * classes, of + o(), at.y, b, x_row,
+                        d_row, sums + o());
             });
         } else {
-            serve<COUNT, KIND, HALF, SQUARE, BY_X, BY_SEEDS, PER>(t, of, of_y, rows, x_row, d_row, sums);
+            serve<COUNT, KIND, HALF, SQUARE, BY_X, BY_SEEDS, PER>(t, of, at.y, at.rows, x_row, d_row, sums);
         }
         if (!BY_SEEDS) return;
-        Four found[3];
-        conclude<KIND, SUMS>(r, sums, *p.scale, found);
-        const int64_t before = ((I0 + i) * p.block_cols + J0 + J) * p.stages + k;
-        for (int m = 0; m < 3; m++) {
-            float* to = out[m] + before;
-            if (COUNT == 4) {
-                const Four all = first ? found[m] + four(to) : found[m];
-                std::memcpy(to, &all, sizeof all);
-            } else {
-                *to = first ? found[m][0] + *to : found[m][0];
-            }
+        if constexpr (SUMS == 4) {
+            turned(sum4(sums[0]), sum4(sums[1]), sum4(sums[2]), sum4(sums[3]), total);
+        } else {
+            const Four a = sum4(sums[0]), b = sum4(sums[2]);  // of two records each
+            total[0] = __builtin_shufflevector(a, b, 0, 2, 4, 6), total[1] = __builtin_shufflevector(a, b, 1, 3, 5, 7);
         }
     };
-    const auto of_rows = [&](auto few, int64_t I0, int64_t here, int64_t first, int64_t rows) {
-        for (int64_t J = 0; J < blocks; J += COLUMNS) {
-            const int64_t served = std::min(COLUMNS, blocks - J) * per_block;
-            for (int64_t i = 0; i < here; i++) {
-                int64_t k = 0;
-                for (; k + 4 <= served; k += 4)
-                    of_records(std::integral_constant<int, 4>(), few, I0, i, J, k, first, rows);
-                for (; k < served; k++)
-                    of_records(std::integral_constant<int, 1>(), few, I0, i, J, k, first, rows);
-            }
-        }
-    };
-
-    for (int64_t first = 0; first < batch; first += ROWS) {
-        const int64_t stored = std::min(ROWS, batch - first);
-        if (BY_X) std::fill_n(d, blocks * stored * d_row, 0.0f);
-        if (BY_SEEDS)
-            for (int64_t J = 0; J < blocks; J++)
-                for (int64_t b = 0; b < stored; b++)
-                    std::copy_n(x + (first + b) * x_stride + (J0 + J) * x_row, x_row, own_x + (J * stored + b) * x_row);
-        for (int64_t I0 = 0; I0 < p.block_rows; I0 += tall) {
-            const int64_t here = std::min(tall, p.block_rows - I0);
-            for (int64_t i = 0; i < here; i++) {
-                if (I0 + tall + i < p.block_rows) {
-                    const int64_t next = (I0 + tall + i) * p.block_cols + J0;
-                    ahead(p, next, blocks);
-                    for (int64_t k = 0; BY_SEEDS && k < wide; k += 16)
-                        for (int m = 0; m < 3; m++) __builtin_prefetch(out[m] + next * p.stages + k, 1);
-                }
-                records(p, (I0 + i) * p.block_cols + J0, blocks, ready + i * wide);
-            }
-            if (KIND == RADIAL) profiles(t, ready, here * wide, profile, slopes);
-            if (batch <= FEW) of_rows(std::true_type(), I0, here, first, stored);
-            else of_rows(std::false_type(), I0, here, first, stored);
-        }
-        if (!BY_X) continue;
-        for (int64_t J = 0; J < blocks; J++)
-            for (int64_t b = 0; b < stored; b++)
-                for (int m = 0; m < 2; m++) {
-                    const float* from = d + (J * stored + b) * d_row + m * d_part;
-                    float* to = d_x + (first + b) * x_stride + (J0 + J) * x_row + m * half;
-                    for (int64_t j = 0; j < half; j++) {
-                        float total = 0;
-                        for (int64_t k = j; k < d_part; k += half) total += from[k];
-                        to[j] = total;
-                    }
-                }
-    }
+    walk<KIND, BY_X, BY_SEEDS>(p, J0, J1, x, y, batch, d_x, out, half, 2 * (n / half), d_part, serve_step);
 }
 
 void backward(const Packed& p, int64_t J0, int64_t J1, const float* x, const float* y, int64_t batch, float* d_x,
