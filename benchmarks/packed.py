@@ -129,9 +129,12 @@ def warm(threads: int) -> None:
         source, cells = random_matrix(name, SIDE), []
         for batch in BATCHES:
             x, y = torch.randn(batch, SIDE), torch.randn(batch, SIDE)
-            forward = medians({"": lambda _, x=x, s=source: packed.matmul(s, x)}, 25)[""]
-            back = medians({"": lambda _, x=x, y=y, s=source: backward(s, x, y)}, 25)[""]
-            cells.append(judged(back / forward, at_most=BACKWARD))
+            sides: dict[str, Callable[[int], object]] = {
+                "forward": lambda _, x=x, s=source: packed.matmul(s, x),
+                "backward": lambda _, x=x, y=y, s=source: backward(s, x, y),
+            }
+            t = medians(sides, 51)
+            cells.append(judged(t["backward"] / t["forward"], at_most=BACKWARD))
         table_row(name, *cells)
 
 

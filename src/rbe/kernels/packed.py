@@ -138,14 +138,14 @@ def backward(source: Packed, x: Tensor | None, y: Tensor, by_x: bool) -> tuple[T
         value, by_radius, by_angle = sums or (None, None, None)
         addresses = map(_address, (d_x, value, by_radius, by_angle))
         source.native.backward(_address(x), y.data_ptr(), y.shape[0], *addresses, torch.get_num_threads())
-        gradients = None if sums is None else _finished(source, *sums)
+        gradients = None if sums is None else _finished(source, float(sums[0].sum(dtype=torch.float64)), *sums[1:])
     return None if d_x is None else bands.turned(d_x, source.spec.rotation[1], back=True), gradients
 
 
-def _finished(source: Packed, value: Tensor, by_radius: Tensor, by_angle: Tensor) -> bands.Gradients:
-    """Gradients from those by radius and angle, and from what each seed adds to the product, (blocks, stages)."""
+def _finished(source: Packed, value: float, by_radius: Tensor, by_angle: Tensor) -> bands.Gradients:
+    """Gradients from those by radius and angle, and from what all seeds add to the product."""
     scale = source.tensors.scale
-    by_scale = value.sum(dtype=torch.float64).to(scale.dtype)
+    by_scale = scale.new_tensor(value)
     if source.tensors.radius is None:
         return scale.new_empty(0), scale.new_empty(0), by_scale
     return by_radius, by_angle, by_scale
@@ -167,7 +167,7 @@ def _modulations(source: Packed) -> Tensor:
 def _amplitudes(source: Packed) -> Tensor:
     """Amplitudes (block rows, columns, stages)."""
     out = torch.empty(*source.spec.grid, source.spec.stages)
-    source.native.amplitudes(out.data_ptr(), 0, 0, 0, 0, torch.get_num_threads())
+    source.native.amplitudes(out.data_ptr(), 0, 0, 0, torch.get_num_threads())
     return out
 
 
@@ -216,9 +216,9 @@ def _kronecker_backward(
         found = [passed(stage) @ blocks.T for stage in range(len(phis))]
         del blocks  # the sooner memory is free, the less of it is new to the process
         by_amplitude = found[0] if len(found) == 1 else torch.stack(found, -1)
-        value, by_radius, by_angle = (torch.empty(source.spec.blocks, source.spec.stages) for _ in range(3))
-        addresses = map(_address, (amplitudes, by_amplitude, value, by_radius, by_angle))
-        source.native.amplitudes(*addresses, torch.get_num_threads())
+        by_radius, by_angle = (torch.empty(source.spec.blocks, source.spec.stages) for _ in range(2))
+        addresses = map(_address, (amplitudes, by_amplitude, by_radius, by_angle))
+        value = source.native.amplitudes(*addresses, torch.get_num_threads())
         gradients = _finished(source, value, by_radius, by_angle)
     if amplitudes is not None:
         d_x = y.new_zeros(block_columns, n * width)

@@ -59,10 +59,10 @@ void bind_packed(nb::module_& m) {
             release())
         .def(
             "amplitudes",
-            [](const PackedMatrix& self, uintptr_t amp, uintptr_t weights, uintptr_t value, uintptr_t by_radius,
-               uintptr_t by_angle, int threads) {
-                float* const out[3] = {at<float>(value), at<float>(by_radius), at<float>(by_angle)};
-                rbe::packed_amplitudes(self, at<float>(amp), at<const float>(weights), out, threads);
+            [](const PackedMatrix& self, uintptr_t amp, uintptr_t weights, uintptr_t by_radius, uintptr_t by_angle,
+               int threads) {
+                float* const out[2] = {at<float>(by_radius), at<float>(by_angle)};
+                return rbe::packed_amplitudes(self, at<float>(amp), at<const float>(weights), out, threads);
             },
             release())
         .def(

@@ -308,9 +308,8 @@ void packed_backward(const Packed& p, const float* x, const float* y, int64_t ba
     });
     const Floats folded_x = out ? fold_columns(p, x, batch, threads) : Floats();
     Floats folded_d(d_x ? static_cast<size_t>(batch * stride) : 0);
-    // Columns of blocks that a thread takes at once: their sums stay in its first-level cache. With a few rows it takes
-    // all of its share, as what it reads then lies together.
-    const int64_t most = batch > 2 ? 32 : std::clamp<int64_t>(p.block_cols / threads, 32, 256);
+    // Columns of blocks that a thread takes at once: their sums stay in its first-level cache.
+    constexpr int64_t most = 32;
     const int64_t pieces = (p.block_cols + most - 1) / most, columns = (p.block_cols + pieces - 1) / pieces;
     parallel(pieces, threads, [&](int64_t k) {
         t.backward(p, k * columns, std::min((k + 1) * columns, p.block_cols), out ? folded_x.data() : nullptr,
@@ -329,7 +328,9 @@ void packed_backward(const Packed& p, const float* x, const float* y, int64_t ba
     });
 }
 
-void packed_amplitudes(const Packed& p, float* amp, const float* weights, float* const* out, int threads) {
+double packed_amplitudes(const Packed& p, float* amp, const float* weights, float* const* out, int threads) {
+    // Of every block row, added up in order: no dependence on the number of threads.
+    std::vector<double> values(static_cast<size_t>(p.block_rows));
     const PackedTier& t = packed_tier();
     const int64_t wide = p.block_cols * p.records();
     const float scale = *p.scale;
@@ -340,12 +341,17 @@ void packed_amplitudes(const Packed& p, float* amp, const float* weights, float*
         if (amp)
             for (int64_t k = 0; k < wide; k++) amp[first + k] = r[k].amp;
         if (!weights) return;
+        double value[4] = {};
         for (int64_t k = 0; k < wide; k++) {
             const float weight = weights[first + k];
-            out[0][first + k] = weight * r[k].amp;
-            out[1][first + k] = weight * r[k].slope * scale, out[2][first + k] = weight * r[k].v * scale;
+            value[k % 4] += static_cast<double>(weight * r[k].amp);
+            out[0][first + k] = weight * r[k].slope * scale, out[1][first + k] = weight * r[k].v * scale;
         }
+        values[static_cast<size_t>(I)] = (value[0] + value[1]) + (value[2] + value[3]);
     });
+    double total = 0;
+    for (const double value : values) total += value;
+    return total;
 }
 
 void packed_contract(const Packed& p, int64_t begin, int64_t end, const float* gradient, Sums* out, int threads) {

@@ -114,9 +114,9 @@ void packed_matmul(const Packed& p, const float* x, int64_t batch, float* y, int
 // given: the sums of G W, and derivatives by radius and angle. x may be null without out.
 void packed_backward(const Packed& p, const float* x, const float* y, int64_t batch, float* d_x, float* const* out,
                      int threads);
-// packed64: amplitudes (blocks, stages), where wanted, and, where weights are given, `out` as of packed_backward: their
-// products with the weights, which are sums over G phi, and derivatives of those by radius and angle, times the scale.
-void packed_amplitudes(const Packed& p, float* amp, const float* weights, float* const* out, int threads);
+// packed64: amplitudes (blocks, stages), where wanted, and, where weights are given, which are sums over G phi, the
+// derivatives of their products with the amplitudes by radius and angle, times the scale. Returns the sum of the products.
+double packed_amplitudes(const Packed& p, float* amp, const float* weights, float* const* out, int threads);
 void packed_contract(const Packed& p, int64_t begin, int64_t end, const float* gradient, Sums* out, int threads);
 
 }  // namespace rbe
