@@ -215,3 +215,16 @@ def test_open_seeds_are_saved_packed(tmp_path: Path, format: str, skeleton: type
     x = torch.randn(3, 32)
     torch.testing.assert_close(again(x), model(x), rtol=1e-5, atol=1e-5)
     assert not again[0].trainable and model[0].trainable
+
+
+def test_a_convolution_with_a_bias_of_seeds_comes_back(tmp_path: Path) -> None:
+    model = nn.Sequential(rbe.nn.Conv2d(4, 9, 3, bias="seed", format="packed64", block=8))
+    again = rbe.load(rbe.save(model, tmp_path / "out"), model=nn.Sequential(nn.Conv2d(4, 9, 3)))
+    x = torch.randn(2, 4, 6, 6)
+    torch.testing.assert_close(again(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_alone_is_refused(tmp_path: Path) -> None:
+    for layer in (rbe.nn.Linear(32, 32, format="packed64"), rbe.nn.StreamLinear(8, 8)):
+        with pytest.raises(RbeError, match=r"save nn\.Sequential"):
+            rbe.save(layer, tmp_path / "out")

@@ -4,7 +4,7 @@
     model = transformers.AutoModel.from_pretrained("minilm-2bit")
 
 Without the import transformers warns that it does not know the method, and raises over a tensor that is there for this
-(`rbe.checkpoint.guard_name`).
+(`rbe.checkpoint.guard_names`).
 """
 
 import hashlib
@@ -240,8 +240,7 @@ class RbeQuantizer(HfQuantizer):
         modules = self.quantization_config.modules = swap.describe(model)
         opened = any(isinstance(module, Seeded) and module.trainable for module in model.modules())
         state = swap.packed_state(model) if opened else model.state_dict()
-        if modules:
-            state[checkpoint.guard_name(modules)] = torch.empty(0)
+        state.update({name: torch.empty(0) for name in checkpoint.guard_names(modules)})
         return state, header_metadata({name: entry["spec"] for name, entry in modules.items()})
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
@@ -297,7 +296,7 @@ def _place(model: nn.Module, modules: dict[str, dict[str, Any]], stored: set[str
             "the folder again"
         )
     names = Names(model)
-    _pass_over_guard(model, names, modules)
+    _pass_over_guards(model, names, modules)
     entries = {path: entry for name, entry in modules.items() if (path := _path(names, name)) is not None}
     kept = {_path(names, name.removesuffix(".weight")) for name in stored if name.endswith(".weight")}
     sites = {path: site for site in swap.find(model) for path in site.names}
@@ -318,16 +317,16 @@ def _place(model: nn.Module, modules: dict[str, dict[str, Any]], stored: set[str
         )
 
 
-def _pass_over_guard(model: nn.Module, names: Names, modules: dict[str, dict[str, Any]]) -> None:
-    """The tensor that keeps transformers from loading without us is not to be reported as one too many."""
-    if not modules:
-        return
-    module = checkpoint.guard_name(modules).removesuffix(".weight")
+def _pass_over_guards(model: nn.Module, names: Names, modules: dict[str, dict[str, Any]]) -> None:
+    """The tensors that keep transformers from loading without us are not to be reported as too many."""
     known: Any = model
-    known._keys_to_ignore_on_load_unexpected = {
-        *(known._keys_to_ignore_on_load_unexpected or ()),
-        *(rf"(^|\.){re.escape(path)}\.weight$" for path in (module, _path(names, module)) if path is not None),
-    }
+    patterns = set(known._keys_to_ignore_on_load_unexpected or ())
+    for guard in checkpoint.guard_names(modules):
+        path = _path(names, guard.removesuffix(".weight"))
+        # transformers reports names of the file, renamed or not, with the prefix of the base model or without.
+        given = {guard} if path is None else {guard, f"{path.removeprefix(f'{names.prefix}.')}.weight"}
+        patterns |= {rf"(^|\.){re.escape(name)}$" for name in given}
+    known._keys_to_ignore_on_load_unexpected = patterns
 
 
 def _path(names: Names, module: str) -> str | None:

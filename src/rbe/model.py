@@ -51,6 +51,10 @@ def save(model: nn.Module, folder: str | Path, max_shard_size: int = 5_000_000_0
         RbeError: the model holds no seeds, is one of transformers that holds streams, or the folder is in use.
     """
     folder = Path(folder)
+    if isinstance(model, Seeded | Stream):
+        raise RbeError(
+            "save: the model is a single layer, whose tensors would have no names; save nn.Sequential(layer)"
+        )
     stream = next((name or "the model" for name, module in model.named_modules() if isinstance(module, Stream)), None)
     if stream is not None and _is_transformers(model):
         raise RbeError(

@@ -217,5 +217,14 @@ def test_what_may_be_overwritten_gives_the_same_seeds() -> None:
     before = W.clone()
     wanted = encode(W, effort="fast", seed=3)
     assert torch.equal(W, before)
-    for source in (W.clone(), W.T.clone().T, W.double()):
+    with torch.inference_mode():
+        unchangeable = W.clone()
+    for source in (W.clone(), W.T.clone().T, W.double(), unchangeable):
         assert torch.equal(encode(source, effort="fast", seed=3, overwrite=True).seeds, wanted.seeds)
+    graded = [
+        encode(
+            W.clone(), bits=((16, 3.0), (48, 1.0)), effort="fast", rotate="in", row_scale=True, overwrite=given
+        ).seeds
+        for given in (False, True)
+    ]
+    assert torch.equal(*graded)

@@ -265,22 +265,24 @@ def weight_name(module: str, entry: Mapping[str, Any]) -> str:
     return str(entry.get("tensor") or f"{module}.weight")
 
 
-def guard_name(modules: Mapping[str, Mapping[str, Any]]) -> str:
-    """Name of the empty tensor that stands in a transformers folder where a dense weight would.
+def guard_names(modules: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names of the empty tensors that stand in a transformers folder where dense weights would.
 
-    transformers without `rbe.hf` finds no weights under the names it knows and would go on with random ones; over this
-    one, which has not the shape of its layer, it raises. The deepest module is in the base model and in those with a
-    head.
+    transformers without `rbe.hf` finds no weights under the names it knows and would go on with random ones; over
+    these, which have not the shape of their layers, it raises. There is one for each part of the model, a part being
+    what has the first two names of a path in common, because a class may have some of the parts only.
 
-    >>> guard_name({"lm_head": {}, "h.0.mlp.fc": {}, "h.1.mlp.fc": {}})
-    'h.0.mlp.fc.weight'
+    >>> guard_names({"lm_head": {}, "h.0.mlp": {}, "h.0.attn": {}, "h.1.mlp": {}})
+    ['h.0.attn.weight', 'h.1.mlp.weight', 'lm_head.weight']
     """
-    deepest = max(sorted(modules), key=lambda name: name.count("."))  # the first of them, in whatever order JSON has
-    return weight_name(deepest, modules[deepest])
+    first: dict[tuple[str, ...], str] = {}
+    for name in sorted(modules):  # JSON may have another order
+        first.setdefault(tuple(name.split(".")[:2]), name)
+    return [weight_name(name, modules[name]) for name in first.values()]
 
 
-def _without_guard(tensors: dict[str, Stored], config: Mapping[str, Any]) -> dict[str, Stored]:
-    """The tensors that are the model's: a weight that has seeds is not stored, so under its name is the guard."""
+def _without_guards(tensors: dict[str, Stored], config: Mapping[str, Any]) -> dict[str, Stored]:
+    """The tensors that are the model's: a weight that has seeds is not stored, so under its name is a guard."""
     weights = {weight_name(module, entry) for module, (_, entry) in specs(config).items()}
     return {name: tensor for name, tensor in tensors.items() if name not in weights or tensor.shape != (0,)}
 
@@ -339,7 +341,7 @@ def open_tensors(dst: Path) -> Folder:
                     raise CorruptFile(f"{dst}: {name} should be there as {dtype} {list(shape)}; fetch the folder again")
         for module in streams.forms(config):
             streams.check_headers(module, tensors)
-        return Folder(dst, index, config, _without_guard(tensors, config))
+        return Folder(dst, index, config, _without_guards(tensors, config))
 
 
 def check_files(dst: Path) -> Folder:

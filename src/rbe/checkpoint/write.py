@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rbe import shards
-from rbe.checkpoint.folder import CARD, CONFIG, FORMAT_VERSION, METHOD, guard_name, read_index, sealed
+from rbe.checkpoint.folder import CARD, CONFIG, FORMAT_VERSION, METHOD, guard_names, read_index, sealed
 from rbe.errors import RbeError
 from rbe.formats import SeedSpec
 from rbe.shards import Outgoing
@@ -95,7 +95,7 @@ def write_folder(
     """Fill an empty folder, one tensor in memory at a time; the caller gives it its name when it is complete."""
     modules = {name: module.to_json() for name, module in contents.modules.items()}
     if modules and "model_type" in contents.config:
-        tensors = [*tensors, Outgoing(guard_name(modules), "F32", (0,), tuple)]
+        tensors = [*tensors, *(Outgoing(name, "F32", (0,), tuple) for name in guard_names(modules))]
     parts = cut(tensors, max_shard_size)
     files, sums, weight_map = {}, {}, {}
     for number, part in enumerate(parts, 1):

@@ -211,7 +211,7 @@ def place_vector(model: nn.Module, path: str, spec: SeedSpec) -> None:
         RbeError: the layer cannot have one.
     """
     parent = model.get_submodule(path.rpartition(".")[0])
-    if not isinstance(parent, Linear) or not path.endswith("bias_seed"):
+    if not isinstance(parent, Linear | Convolution) or not path.endswith("bias_seed"):
         raise RbeError(f"{path}: the seeds of a vector cannot be put into {type(parent).__name__}")
     parent.bias = None
     parent.bias_seed = SeededVector(

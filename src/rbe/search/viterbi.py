@@ -206,7 +206,7 @@ def _source(W: Tensor, overwrite: bool = False) -> tuple[Tensor, int]:
         raise RbeError(f"encode: the matrix is {W.dtype}; real floating-point weights are needed: convert it first")
     if W.is_meta:
         raise RbeError("encode: the matrix is on the meta device and holds no values; load the weights first")
-    ready = overwrite and W.is_contiguous()
+    ready = overwrite and W.is_contiguous() and not W.is_inference()
     x = W.detach().to("cpu", torch.float32, copy=not ready, memory_format=torch.contiguous_format)
     low, high = (v.item() for v in torch.aminmax(x))
     largest = max(-low, high)
