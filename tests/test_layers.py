@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 
 LAYERS = ["errors", "shards", "mixing", "disk", "rotation", "formats", "kernels", "outliers", "matrix"]
 LAYERS += ["search", "nn", "optim", "metrics", "calibrate", "sensitivity", "stability", "allocate", "budget", "source"]
-LAYERS += ["checkpoint", "compress", "convert", "profile", "evaluate", "sampling", "train"]
+LAYERS += ["checkpoint", "compress", "convert", "profile", "evaluate", "sampling", "fingerprint", "train"]
 LEAVES = ["hf", "report", "model", "cli"]
 # Who may reach for a leaf, and only inside a function: the command line, and the whole-model verbs for the plug-in.
 MAY_USE_LEAVES = {"cli": set(LEAVES), "model": {"hf"}}

@@ -30,8 +30,8 @@ from rbe.allocate import LEAST_GAIN, Entry
 from rbe.checkpoint.write import header_metadata
 from rbe.compress import encode_entry, plan_model
 from rbe.errors import RbeError
+from rbe.fingerprint import answer, difference
 from rbe.formats import Rate, SeedSpec
-from rbe.mixing import fmix32
 from rbe.nn import Seeded, set_activations, swap
 from rbe.outliers import Outliers
 from rbe.shards import dtype_name
@@ -418,7 +418,7 @@ def fingerprint(folder: str | Path) -> dict[str, Any]:
         RbeError: the folder is not a compressed model, or it does not take token ids.
     """
     # Whoever asks has just written the folder, or checked it.
-    return _answer(_open(Path(folder), check=False, dtype=torch.float32))
+    return answer(_open(Path(folder), check=False, dtype=torch.float32))
 
 
 def fingerprint_of(model: Any) -> dict[str, Any] | None:
@@ -429,45 +429,11 @@ def fingerprint_of(model: Any) -> dict[str, Any] | None:
         return None
     training = model.training
     try:
-        return _answer(model.eval())
+        return answer(model.eval())
     except RbeError:
         return None
     finally:
         model.train(training)
-
-
-def _answer(model: Any) -> dict[str, Any]:
-    config = model.config.get_text_config(decoder=True)
-    vocabulary = getattr(config, "vocab_size", None)
-    if not vocabulary:
-        raise RbeError(f"fingerprint: {type(model).__name__} does not take token ids")
-    longest = int(getattr(config, "max_position_embeddings", 0) or 16)
-    length = max(1, min(12, longest - 4))
-    ids = (fmix32(torch.arange(1, 2 * length + 1)) % int(vocabulary)).reshape(2, length)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    try:
-        with torch.inference_mode():
-            output = model(**inputs, return_dict=True)
-    except (AttributeError, TypeError, ValueError) as cause:
-        takes = inspect.signature(model.forward).parameters
-        wanted = [name for name in ("pixel_values", "input_features", "input_values") if name in takes]
-        if not wanted:
-            raise
-        raise RbeError(
-            f"fingerprint: {type(model).__name__} wants {', '.join(wanted)}, and is given token ids alone"
-        ) from cause
-    name, values = next((key, value) for key, value in output.items() if isinstance(value, Tensor))
-    flat = values.detach().float().reshape(-1)
-    picked = flat[fmix32(torch.arange(32)) % flat.numel()]
-    return {
-        "class": type(model).__name__,
-        "output": name,
-        "shape": list(values.shape),
-        "values": [float(f"{value:.6g}") for value in picked.tolist()],
-        "norm": float(f"{float(flat.norm()):.6g}"),
-    }
 
 
 def check_fingerprint(
@@ -487,20 +453,14 @@ def check_fingerprint(
     if expected is None:
         return None
     model, info = _open(Path(folder), check=False, dtype=torch.float32, output_loading_info=True)
-    now = _answer(model)
+    now = answer(model)
     lost = sorted(info["missing_keys"])
-    for key in ("class", "output", "shape"):
-        if now[key] != expected.get(key):
-            return f"fingerprint: {key} is {now[key]}, it was {expected.get(key)} when the folder was written"
-    count = 1
-    for side in now["shape"]:
-        count *= side
-    unit = max(float(expected["norm"]) / count**0.5, 1e-12)
-    worst = max(abs(a - b) for a, b in zip(now["values"], expected["values"], strict=True)) / unit
-    worst = max(worst, abs(now["norm"] - float(expected["norm"])) / max(float(expected["norm"]), 1e-12))
-    if not worst <= tolerance:
+    wrong = difference(now, expected)
+    if isinstance(wrong, str):
+        return f"fingerprint: {wrong} when the folder was written"
+    if not wrong <= tolerance:
         return (
-            f"fingerprint: the model's outputs differ from those when the folder was written by {worst:.2g} of their "
+            f"fingerprint: the model's outputs differ from those when the folder was written by {wrong:.2g} of their "
             f"size (allowed {tolerance:g}); "
             + (
                 f"the folder lacks {', '.join(lost[:3])}, which transformers fills with random numbers"
