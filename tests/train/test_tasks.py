@@ -51,6 +51,19 @@ def streams(tmp_path: Path) -> Config:
     return load_config(path)
 
 
+def test_shrunk_images_are_means_of_squares(streams: Config) -> None:
+    whole, half = load_images(streams), load_images(replace(streams, data=replace(streams.data, shrink=2)))
+    for part in ("train", "validation", "test"):
+        given, made = getattr(whole, part)[0], getattr(half, part)[0]
+        means = given.unflatten(3, (8, 2)).unflatten(2, (8, 2)).mean((3, 5))
+        # Both are normalised, so one is a factor and a shift of the other.
+        torch.testing.assert_close(
+            (made - made.mean()) / made.std(), (means - means.mean()) / means.std(), atol=1e-4, rtol=1e-4
+        )
+    with pytest.raises(RbeError, match=r"shrink is 3, but images .* 16x16 pixels; give a divisor"):
+        load_images(replace(streams, data=replace(streams.data, shrink=3)))
+
+
 def test_streams_are_shuffled_for_training_only(streams: Config) -> None:
     images = load_images(streams)
     assert images.train[0].shape == (80, 3, 16, 16)

@@ -19,6 +19,7 @@ class Data:
             test}.txt.
         task: "images", "characters", "translation" or "language".
         validation: images: the last of the training set, on which a run is stopped and chosen; never trained on.
+        shrink: images: squares of so many pixels become one, their mean. For a first run that a longer one starts from.
         shift: training images are moved by up to this many pixels, every batch anew; flip: half of them are mirrored.
         length: characters, language: symbols of a window; translation: most subwords of a sentence that is trained on.
         tokenizer: language: a folder with the tokenizer.json to use.
@@ -27,6 +28,7 @@ class Data:
     path: str
     task: str = "images"
     validation: int = 5000
+    shrink: int = 1
     shift: int = 0
     flip: bool = False
     length: int = 128
@@ -215,8 +217,11 @@ class Config:
     def to_json(self) -> dict[str, Any]:
         """Everything that decides about the result, JSON-ready."""
         about = {k: v for k, v in dataclasses.asdict(self).items() if k != "folder"}
-        if self.train.dtype == "float32":  # runs of before there was a choice go on
+        # Runs of before there was a choice go on.
+        if self.train.dtype == "float32":
             del about["train"]["dtype"]
+        if self.data.shrink == 1:
+            del about["data"]["shrink"]
         return about
 
     @classmethod

