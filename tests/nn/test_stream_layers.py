@@ -1,6 +1,8 @@
 """Layers of a stream against torch's own, in both states, and through files."""
 
+import copy
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from rbe.errors import RbeError
+from rbe.kernels.sparse import Sparse
 from rbe.nn import Stream, StreamConv2d, StreamEmbedding, StreamLinear, StreamLSTM, count
 
 
@@ -41,6 +44,62 @@ def test_both_states_are_torchs_layer_of_the_levels(bias: bool, corner: bool) ->
         assert torch.equal(layer.levels, levels)
         torch.testing.assert_close(layer.weight, weight)
         torch.testing.assert_close(layer(x), open_output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_frozen_products_make_no_dense_matrix_unless_gradients_are_asked_for(dtype: torch.dtype) -> None:
+    near = {"atol": 0.03, "rtol": 0.02} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    for layer, x in layers(bias=True, corner=True):
+        with torch.no_grad():
+            layer.latent *= 0.4  # a fifth is not 0
+        layer.freeze()
+        expected = by_torch(layer, x, layer.scale).to(dtype)
+        with patch.object(Sparse, "decode", side_effect=AssertionError):
+            if dtype != torch.float64:
+                torch.testing.assert_close(layer(x.to(dtype)), expected, **near)
+        x = x.to(dtype).requires_grad_()
+        y = layer(x)
+        y.sum().backward()
+        torch.testing.assert_close(y.detach(), expected, **near)
+        assert x.grad is not None
+        assert x.grad.abs().sum() > 0
+        with torch.no_grad(), patch.object(Sparse, "decode", wraps=layer._entries().decode) as decode:
+            torch.testing.assert_close(layer(x), expected, **near)
+            assert decode.called == (dtype == torch.float64)
+
+
+def test_levels_beyond_the_largest_count_as_it_before_and_after_freezing() -> None:
+    layer = StreamLinear(4, 3, bias=False, spread=1.0)
+    table = StreamEmbedding(3, 4)
+    with torch.no_grad():
+        layer.latent.fill_(300.0)
+        table.latent.fill_(-300.0)
+    x = torch.ones(2, 4)
+    y, rows = layer(x), table(torch.tensor([1, 2]))
+    torch.testing.assert_close(layer.freeze()(x), y)
+    torch.testing.assert_close(table.freeze()(torch.tensor([1, 2])), rows)
+
+
+def test_a_full_stream_is_multiplied_dense() -> None:
+    layer = StreamLinear(16, 8, bias=False)
+    with torch.no_grad():
+        layer.latent.fill_(2.0)
+    layer.freeze()
+    x = torch.randn(3, 16)
+    with patch.object(Sparse, "matmul", side_effect=AssertionError):
+        torch.testing.assert_close(layer(x), by_torch(layer, x, layer.scale))
+
+
+def test_a_used_model_can_be_copied() -> None:
+    model = nn.Sequential(StreamLinear(16, 8).freeze(), nn.ReLU(), StreamLinear(8, 4).freeze())
+    x = torch.randn(3, 16)
+    y = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), y)
+
+
+def test_images_that_torch_refuses_are_refused_by_torch() -> None:
+    with pytest.raises(RuntimeError, match="Kernel size"):
+        StreamConv2d(4, 8, 3).freeze()(torch.randn(1, 4, 2, 2))
 
 
 def test_gradients_pass_the_rounding_and_reach_the_scale() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rbe.errors import RbeError
 from rbe.formats import packed128
 from rbe.nn import Linear
-from rbe.optim import HybridAdam
+from rbe.optim import HybridAdam, total_entropy
 from rbe.optim.motion import METHODS
 
 FORMATS = ["packed64", "packed128", "outer128"]
@@ -209,6 +209,29 @@ def test_signs_held_stay_and_are_the_most_certain() -> None:
     assert all((a != m.latent).any() for a, m in zip(before, (model[0], model[2]), strict=True))
 
 
+def test_a_smaller_share_lets_go_of_the_least_certain() -> None:
+    layer = Linear(64, 64, False, format="outer128")
+    optimizer = HybridAdam(layer)
+    optimizer.hold(0.5)
+    count = optimizer.hold(0.25)
+    held, certain = optimizer.state[layer.latent]["free"] == 0, layer.latent.detach().abs()
+    assert int(held.sum()) == count
+    assert certain[held].min() >= certain[~held].max()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_of_a_point_can_be_fixed(method: str) -> None:
+    for fixed, moving in (("angle", "radius"), ("radius", "angle")):
+        layer = Linear(16, 16, False, format="packed128")
+        getattr(layer, fixed).requires_grad_(False)
+        before = {name: getattr(layer, name).detach().clone() for name in (fixed, moving)}
+        optimizer = HybridAdam(layer, method=method)
+        layer(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+        assert torch.equal(getattr(layer, fixed), before[fixed])
+        assert not torch.equal(getattr(layer, moving), before[moving])
+
+
 def test_a_latent_of_zero_can_turn() -> None:
     layer = Linear(16, 16, False, format="outer128")
     with torch.no_grad():
@@ -253,11 +276,18 @@ def test_a_reward_for_variety_spreads_the_quadrants() -> None:
     layer.write_code(packed128.code_of(**{**parts, "quadrant": torch.zeros_like(parts["quadrant"])}))
     optimizer = HybridAdam(layer)
     x = torch.randn(8, 64)
+
+    def loss() -> Tensor:
+        return 1e-3 * layer(x).square().mean()
+
+    first, least = loss().item(), total_entropy(layer)
     for _ in range(5):
-        optimizer.flip(
-            lambda: 1e-6 * layer(x).square().mean(), share=0.5, fields=("quadrant",), tolerance=1e9, variety=100.0
-        )
+        outcome = optimizer.flip(loss, share=0.5, fields=("quadrant",), variety=100.0)
+        assert outcome.after <= outcome.before
+        assert outcome.after == pytest.approx(loss().item() - 100 * total_entropy(layer), rel=1e-5)
     assert len(packed128.fields(layer.read_code())["quadrant"].unique()) >= 3
+    assert total_entropy(layer) > least
+    assert loss().item() > first  # the reward was worth some loss
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,39 @@ def test_training_goes_on_exactly_where_it_stopped(grouped: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), second.parameters(), strict=True))
 
 
+def test_the_same_optimizer_goes_back_to_a_state_exactly() -> None:
+    model, x, y = problem()
+    optimizer = StreamAdam(model, 60, 4000)  # costs are of every tenth step
+    run(model, optimizer, x, y, 12)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    run(model, optimizer, x, y, 13)
+    wanted = [p.clone() for p in model.parameters()]
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    run(model, optimizer, x, y, 13)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, model.parameters(), strict=True))
+
+
+def test_a_stream_may_get_its_first_gradient_late() -> None:
+    layers = nn.ModuleList([StreamLinear(20, 20), StreamLinear(20, 20)])
+    optimizer, x = StreamAdam(layers, 200, 4000), torch.randn(30, 20)
+
+    def steps(model: nn.ModuleList, optimizer: StreamAdam, used: range) -> None:
+        for k in used:
+            optimizer.zero_grad()
+            y = model[0](x)
+            (model[1](y) if k > 4 else y).square().mean().backward()
+            optimizer.step()
+
+    steps(layers, optimizer, range(7))
+    second = copy.deepcopy(layers)
+    resumed = StreamAdam(second, 200, 4000)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(layers, optimizer, range(7, 20))
+    steps(second, resumed, range(7, 20))
+    assert all(torch.equal(a, b) for a, b in zip(layers.parameters(), second.parameters(), strict=True))
+
+
 def test_the_price_is_near_the_bits_of_the_stream() -> None:
     torch.manual_seed(0)
     latent = torch.randn(60, 200) * (torch.rand(60, 1) * torch.rand(200)) * 2

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from rbe.formats import make_spec, outer128, packed128
 from rbe.nn import Linear
-from rbe.optim import HybridAdam
+from rbe.optim import HybridAdam, transitions
 from rbe.optim.transitions import neighbours
+from rbe.search.blocks import cut
 
 FORMATS = ["packed64", "packed128", "outer128"]
 
@@ -43,6 +44,67 @@ def test_flips_recover_planted_bits(format: str) -> None:
         losses.append(outcome.after)
     assert losses[-1] < 0.1 * losses[0]
     assert closure(fresh).item() < 0.1 * true_loss  # on inputs that no flip has seen
+    if format == "outer128":  # of packed128, several codes make the same block or nearly so
+        assert torch.equal(student.read_code(), right)
+
+
+@pytest.mark.parametrize("format", ["packed128", "outer128"])
+def test_adam_starts_anew_where_a_code_changed(format: str) -> None:
+    student, closure, _ = planted(format)
+    optimizer = HybridAdam(student, lr=1e-3, method="polar", seed=1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        closure().backward()
+        optimizer.step()
+    before = student.read_code().clone()
+    assert optimizer.flip(closure, share=0.5, temperature=0.05, tolerance=1.0).accepted
+    changed = student.read_code() != before
+    state = optimizer.state[student.radius]
+    assert not state["mean"][changed].any()
+    assert state["mean"][~changed].any()
+    if format == "outer128":
+        assert not optimizer.state[student.latent]["mean"][changed].any()
+    # The first step after that is that of a fresh optimizer: the rate, against the gradient.
+    radius = student.radius.detach().clone()
+    optimizer.zero_grad()
+    student.radius.grad, student.angle.grad = torch.ones_like(radius), torch.ones_like(radius)
+    optimizer.step()
+    inside = changed & (radius > 0.01)  # where the rim and the origin do not stop it
+    torch.testing.assert_close(
+        (radius - student.radius)[inside], torch.full_like(radius, 1e-3)[inside], rtol=1e-2, atol=0
+    )
+
+
+def test_an_interrupted_trial_leaves_no_bits_behind() -> None:
+    student, closure, _ = planted("outer128")
+    before, calls = student.read_code().clone(), 0
+
+    def interrupted() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return closure()
+
+    with pytest.raises(KeyboardInterrupt):
+        HybridAdam(student, seed=1).flip(interrupted, share=1.0)
+    assert torch.equal(student.read_code(), before)
+
+
+def test_bits_of_padded_rows_are_forecast_to_change_nothing() -> None:
+    layer = Linear(16, 4, False, format="outer128", block=16)
+    masks = neighbours(layer.spec, ())
+    gradient = cut(torch.randn(4, 16), layer.spec)
+    scores = transitions._scores(layer, torch.tensor([0]), gradient, masks)[0]
+    code = layer.read_code()
+    same = [
+        torch.equal(outer128.values(code ^ m, layer.radius, layer.angle, layer.spec)[0, :4], now)
+        for now in [outer128.values(code, layer.radius, layer.angle, layer.spec)[0, :4]]
+        for m in masks
+    ]
+    assert sum(same) == 24  # 12 of 16 rows, of two terms
+    assert not scores[torch.tensor(same)].any()
+    assert (scores[~torch.tensor(same)] != 0).all()
 
 
 def test_a_beam_changes_several_bits_at_once_where_single_ones_are_refused() -> None:

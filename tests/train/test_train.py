@@ -142,7 +142,6 @@ def test_a_network_of_streams_starts_at_a_dense_one(write: Write, tmp_path: Path
         (STREAM.replace("bytes = 90", ""), "bytes is missing"),
         (STREAM.replace("bytes = 90", "bytes = 90\nrows = [4]"), "2 positive numbers"),
         (STREAM + "flip_every = 4\n", "no meaning"),
-        (STREAM + "rest_bits = 16\n", "no meaning"),
         (STREAM + "weight_decay = 0.1\npull = 0.1\n", "weight_decay, pull have no meaning"),
         (STREAM + "[[seeds.layer]]\npattern = 'linear1'\nformat = 'outer128'\n", "outer128 cannot stand beside"),
         (STREAM + "[[seeds.layer]]\npattern = 'linear1'\nbytes = 0\n", "positive number"),
@@ -193,6 +192,37 @@ def test_the_rest_can_be_small(write: Write, tmp_path: Path, bits: int, each: in
     again = load(tmp_path / "out")
     assert accuracy(again, *images.test) == result.accuracy
     assert accuracy(again, *images.validation) == result.validation
+
+
+@pytest.mark.parametrize(("bits", "each"), [(16, 2), (8, 1)])
+def test_the_rest_of_streams_can_be_small(write: Write, tmp_path: Path, bits: int, each: int) -> None:
+    # Norms stay, but for their counter: gains, shifts, means and variances of 32 units.
+    text = STREAM.replace("norm = 'none'\n", "") + f"rest_bits = {bits}\n"
+    config = load_config(write(text))
+    result = train(config, tmp_path / "out")
+    steps, fine = (4 * 2, 2) if bits == 8 else (0, each)
+    assert result.bytes == result.seed_bytes + 4 * 2 + 32 * (2 * each + 2 * fine) + steps
+    again, images = load(tmp_path / "out"), data.load(config)
+    assert accuracy(again, *images.test) == result.accuracy
+    assert accuracy(again, *images.validation) == result.validation
+
+
+@pytest.mark.parametrize("most", ["outer128", "dense"])
+def test_the_rest_is_counted_as_it_is_stored_where_some_matrices_are_dense(
+    write: Write, tmp_path: Path, most: str
+) -> None:
+    other = {"outer128": "dense", "dense": "outer128"}[most]
+    text = f"[seeds]\nformat = '{most}'\nblock = 8\n[[seeds.layer]]\npattern = 'linear1'\nformat = '{other}'\n"
+    config = load_config(write(text + "[train]\nepochs = 2\nbatch = 50\nrest_bits = 16\n"))
+    result = train(config, tmp_path / "out")
+    model = load(tmp_path / "out")
+    dense = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    seeds = sum(8 * m.seeds.numel() for m in model.modules() if isinstance(m, Seeded))
+    assert dense
+    assert seeds
+    assert result.seed_bytes == seeds + 2 * dense
+    assert result.bytes > result.seed_bytes
+    assert result.ratio == 4 * result.weights / result.seed_bytes
 
 
 class Stopped(Exception):
@@ -347,6 +377,7 @@ def test_norms_are_measured_anew_for_validation(write: Write, tmp_path: Path) ->
         ("[train]\nepochs = 0\n", "must be positive"),
         ("[train]\nrest_bits = 4\n", "rest_bits is 4"),
         ("[seeds]\nformat = 'dense'\n[train]\nrest_bits = 8\n", "32 for a dense network"),
+        ("[seeds]\nformat = 'stream'\nbytes = 99\n[train]\ndense_lr = 0.0\n", "dense_lr is 0"),
         ("[seeds]\nformat = 'trellis'\n", "choose one of"),
         ("[model]\nkind = 'vgg'\n", "choose one of"),
         ("[model]\nwidths = [3]\n", "no network"),

@@ -14,6 +14,7 @@ from rbe.nn.conv import Conv1d, Conv2d
 from rbe.nn.linear import Linear
 from rbe.nn.norm import BatchNorm, fold
 from rbe.nn.seeded import Seeded
+from rbe.nn.stream import Stream
 
 BITS = (32, 16, 8)
 # The name of a tensor in 8 bits plus this is that of its step.
@@ -107,7 +108,7 @@ def pack(model: nn.Module, bits: int = 16) -> dict[str, Tensor]:
     if bits not in BITS:
         raise RbeError(f"pack: bits {bits!r} are not offered; choose one of {', '.join(map(str, BITS))}")
     for name, module in model.named_modules():
-        if isinstance(module, Seeded) and module.trainable:
+        if isinstance(module, Seeded | Stream) and module.trainable:
             raise RbeError(f"pack: the seeds of {name or 'the model'} are open; call .freeze() first")
     out: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():

@@ -10,14 +10,19 @@ from torch.nn import functional
 from rbe.errors import RbeError
 from rbe.formats.stream import LARGEST
 from rbe.kernels import stream
+from rbe.kernels.sparse import Sparse
+from rbe.kernels.tensors import unwatched
+
+# Share of a matrix that is not 0 above which a dense product is faster than one of what is there.
+DENSE = 0.4
 
 
 class _Rounded(torch.autograd.Function):
-    """The nearest whole number, with the gradient of what was rounded (straight through)."""
+    """The nearest level, with the gradient of what was rounded (straight through)."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return x.round()
+        return x.round().clamp_(-LARGEST, LARGEST)
 
     @staticmethod
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -66,7 +71,7 @@ class Stream(nn.Module):
         latent = torch.randn(rows, columns) / spread
         self.latent = nn.Parameter(functional.pad(latent, (0, 1)) if bias else latent)
         self.log_scale = nn.Parameter(torch.tensor(math.log(spread * deviation)))
-        self._decoded: tuple[Tensor, Tensor] | None = None
+        self._decoded: tuple[Tensor, Sparse] | None = None
 
     @torch.no_grad()
     def start(self, matrix: Tensor, bias: Tensor | None = None) -> Self:
@@ -170,13 +175,30 @@ class Stream(nn.Module):
         if self.trainable:
             rounded: Tensor = _Rounded.apply(self.latent)  # type: ignore[no-untyped-call]
             return rounded * self.log_scale.exp()
+        entries, scale = self._entries(), float(self.scale)
+        whole = entries.decode(scale)
+        if entries.bias is not None:
+            whole = torch.cat((whole, entries.bias[:, None] * scale), 1)
+        return whole.to(self.scale)
+
+    def _entries(self) -> Sparse:
+        """Of a frozen seed: what the open corner has, read once and kept."""
         if self._decoded is None or self._decoded[0] is not self.seed:
-            levels = self.levels
             rows, columns = self.open_shape
-            kept = levels[:rows, [*range(columns), *([self.shape[1]] if self.bias else [])]]
-            # Only what is there is kept.
-            self._decoded = self.seed, kept.to_sparse()
-        return self._decoded[1].to_dense().to(self.scale) * self.scale
+            levels = self.levels[:rows]
+            self._decoded = self.seed, Sparse(levels[:, :columns], levels[:, -1] if self.bias else None)
+        return self._decoded[1]
+
+    def _fast(self, x: Tensor) -> Sparse | None:
+        """What multiplies x without a dense matrix; None where autograd, a compiler or another device watches."""
+        if self.trainable or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return None
+        if torch.compiler.is_compiling() or not unwatched((x, self.seed)):
+            return None
+        if x.requires_grad and torch.is_grad_enabled():
+            return None
+        entries = self._entries()
+        return entries if entries.density <= DENSE else None
 
     def matrix(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """(open corner, its bias or None), made now, with gradients if open."""
@@ -229,8 +251,13 @@ class StreamLinear(Stream):
         """x (..., in_features) to (..., out_features), in x's dtype."""
         if x.ndim < 1 or x.shape[-1] not in (self.in_features, self.open_shape[1]):
             raise RbeError(f"StreamLinear: x is {tuple(x.shape)}; its last side must be {self.in_features}")
-        weight, bias = self.matrix(x.dtype)
-        y = functional.linear(x[..., : self.open_shape[1]], weight, bias)
+        x = x[..., : self.open_shape[1]]
+        entries = self._fast(x)
+        if entries is not None:
+            y = entries.matmul(x.float().reshape(-1, x.shape[-1]), float(self.scale)).to(x.dtype)
+            y = y.view(*x.shape[:-1], self.open_shape[0])
+        else:
+            y = functional.linear(x, *self.matrix(x.dtype))
         return y if self.slim else functional.pad(y, (0, self.out_features - self.open_shape[0]))
 
     def extra_repr(self) -> str:
@@ -269,8 +296,14 @@ class StreamConv2d(Stream):
         super().__init__((out_channels, in_channels * cells), cells, bias, spread, open_shape)
         if self.open_shape[1] % cells:
             raise RbeError(f"StreamConv2d: {self.open_shape[1]} open columns are no whole channels of {cells} cells")
-        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, (kernel[0], kernel[1])
         self.stride, self.padding = stride, padding
+
+    @property
+    def _window(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """Kernel, stride and padding of both sides."""
+        stride, padding = ((s, s) if isinstance(s, int) else (s[0], s[1]) for s in (self.stride, self.padding))
+        return self.kernel_size, stride, padding
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -282,11 +315,16 @@ class StreamConv2d(Stream):
         if x.ndim != 4 or x.shape[1] not in (self.in_channels, self.open_shape[1] // self.cells):
             raise RbeError(f"StreamConv2d: x is {tuple(x.shape)}; it must be (n, {self.in_channels}, height, width)")
         rows, columns = self.open_shape
-        weight, bias = self.matrix(x.dtype)
-        kernel = weight.reshape(rows, columns // self.cells, *self.kernel_size)
-        # Of the layouts the processors of today offer, the faster one for few channels.
-        x = x[:, : kernel.shape[1]].contiguous(memory_format=torch.channels_last)
-        y = functional.conv2d(x, kernel, bias, self.stride, self.padding)
+        x = x[:, : columns // self.cells]
+        entries = None if isinstance(self.padding, str) else self._fast(x)
+        if entries is not None and entries.convolves(x, *self._window):
+            y = entries.conv2d(x.float(), float(self.scale), *self._window).to(x.dtype)
+        else:
+            weight, bias = self.matrix(x.dtype)
+            kernel = weight.reshape(rows, -1, *self.kernel_size)
+            # Of the layouts the processors of today offer, the faster one for few channels.
+            x = x.contiguous(memory_format=torch.channels_last)
+            y = functional.conv2d(x, kernel, bias, self.stride, self.padding)
         return y if self.slim else functional.pad(y, (0, 0, 0, 0, 0, self.out_channels - rows))
 
     def extra_repr(self) -> str:
@@ -327,7 +365,12 @@ class StreamEmbedding(Stream):
                 f"{self.num_embeddings} rows"
             )
         if not self.trainable:
-            return functional.embedding(index, self.corner())
+            return (
+                self._entries()
+                .rows(index.flatten().long(), float(self.scale))
+                .view(*index.shape, self.embedding_dim)
+                .to(self.scale)
+            )
         # Only the rows that are looked up are rounded.
         rows: Tensor = _Rounded.apply(functional.embedding(index, self.latent))  # type: ignore[no-untyped-call]
         return rows * self.log_scale.exp()
@@ -336,7 +379,11 @@ class StreamEmbedding(Stream):
         """x (..., embedding_dim) against every row, as a tied output: (..., num_embeddings)."""
         if x.ndim < 1 or x.shape[-1] != self.embedding_dim:
             raise RbeError(f"StreamEmbedding: x is {tuple(x.shape)}; its last side must be {self.embedding_dim}")
-        return functional.linear(x, self.corner().to(x.dtype))
+        entries = self._fast(x)
+        if entries is None:
+            return functional.linear(x, self.corner().to(x.dtype))
+        y = entries.matmul(x.float().reshape(-1, x.shape[-1]), float(self.scale))
+        return y.view(*x.shape[:-1], self.num_embeddings).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Shapes."""

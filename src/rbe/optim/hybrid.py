@@ -16,7 +16,8 @@ from rbe import disk
 from rbe.errors import RbeError
 from rbe.nn.seeded import Seeded
 from rbe.optim import transitions
-from rbe.optim.motion import METHODS, Method
+from rbe.optim.motion import METHODS, Method, adam_step
+from rbe.optim.penalties import total_entropy
 from rbe.optim.seeds import Points, points, wrap
 from rbe.optim.transitions import Outcome
 from rbe.search.blocks import Blocks
@@ -167,8 +168,9 @@ class HybridAdam(Optimizer):
         A share of the seeds is drawn. Every one-bit neighbour of these has a score, the change of the loss forecast
         from its gradient, and softmax(-score / temperature) over staying and all neighbours decides. The draws are made
         in all layers together; the loss of the same batch decides whether they stay, and what is refused is tried again
-        by halves. Adam starts anew at the seeds that changed. Anneal `share` and `temperature` from outside: printed
-        are shares by `PowerDecay(exponent=2)` and temperatures 0.1 / (1 + 0.1 epoch).
+        by halves. Where a seed changed Adam starts anew at its point, and its latents lose their momentum. Anneal
+        `share` and `temperature` from outside: printed are shares by `PowerDecay(exponent=2)` and temperatures
+        0.1 / (1 + 0.1 epoch).
 
         Args:
             closure: returns the loss of the batch; called once with gradients and a few times without.
@@ -176,7 +178,8 @@ class HybridAdam(Optimizer):
             temperature: in units of the scores' root mean square.
             fields: of packed128 whose bits may turn; in outer128 every sign may.
             tolerance: how much worse the loss may become.
-            variety: lambda of the reward lambda H for the entropy H of the quadrants in use.
+            variety: lambda of the reward lambda H for the entropy H of the quadrants in use; it is taken off the loss,
+                in proposals and when they are judged.
 
         Raises:
             RbeError: no layer has discrete bits, or an argument is out of range.
@@ -200,7 +203,11 @@ class HybridAdam(Optimizer):
             temperature=temperature,
             variety=variety,
         )
-        return self._transit(modules, closure, lambda m, g: propose(m, g, free=self._free(m)), tolerance)
+
+        def reward() -> float:
+            return variety * total_entropy(self.model) if variety else 0.0
+
+        return self._transit(modules, closure, lambda m, g: propose(m, g, free=self._free(m)), tolerance, reward=reward)
 
     def beam(
         self,
@@ -252,7 +259,7 @@ class HybridAdam(Optimizer):
         def curvature(module: Seeded, gradient: Blocks) -> float:
             state = self.state[module.radius]
             if not state.get("curvature"):
-                state["curvature"] = transitions.curvature(module, gradient.values)
+                state["curvature"] = transitions.curvature(module, gradient)
             return float(state["curvature"])
 
         def rescale(factor: float) -> None:
@@ -302,7 +309,8 @@ class HybridAdam(Optimizer):
             state, count = self._moments(p), round(share * p.numel())
             certain = p.detach().abs()
             if "free" in state:
-                certain = torch.where(state["free"] == 0, torch.inf, certain)
+                # Those held come first, in their own order.
+                certain = torch.where(state["free"] == 0, certain + 2 * certain.max() + 1, certain)
             free = torch.ones_like(p)
             free.view(-1)[certain.flatten().topk(count).indices] = 0
             # Without gradient and without momentum a step of Adam is exactly 0.
@@ -324,15 +332,20 @@ class HybridAdam(Optimizer):
         tolerance: float,
         tries: int = 1,
         humbler: Callable[[], object] = lambda: None,
+        reward: Callable[[], float] = lambda: 0.0,
     ) -> Outcome:
         """Change bits; gradients and running statistics stay as they were, moments start anew where a code changed."""
         with self._undisturbed():
-            outcome, changed = transitions.transit(modules, closure, propose, tolerance, tries, humbler)
+            outcome, changed = transitions.transit(modules, closure, propose, tolerance, tries, humbler, reward)
         for module, mark in zip(modules, changed, strict=True):
             state = self.state.get(module.radius, {})
-            for name in ("mean", "square"):
-                if name in state:
-                    state[name][mark] = 0
+            if "mean" in state and mark.any():
+                state["mean"][mark] = state["square"][mark] = 0
+                # What corrects the bias of young moments is counted from here.
+                state.setdefault("born", torch.zeros(mark.shape))[mark] = state["step"]
+            latent = module._parameters.get("latent")
+            if latent is not None and "mean" in self.state.get(latent, {}):
+                self.state[latent]["mean"][mark] = 0
         return outcome
 
     @contextmanager
@@ -436,7 +449,7 @@ class HybridAdam(Optimizer):
         """One step of the points, those of all modules side by side where limits and number of steps are the same."""
         alike: dict[Any, list[Points]] = defaultdict(list)
         for one in self.points:
-            if one.radius.grad is not None and one.angle.grad is not None:
+            if one.radius.grad is not None or one.angle.grad is not None:
                 step = self.state[one.radius].get("step", 0)
                 alike[one.least, one.most, one.radius.dtype, one.radius.device, step].append(one)
         for some in alike.values():
@@ -444,47 +457,32 @@ class HybridAdam(Optimizer):
 
     def _move(self, some: list[Points], group: dict[str, Any], factor: float) -> None:
         radius, angle = (torch.cat([getattr(one, n).flatten() for one in some]).double() for n in ("radius", "angle"))
-        outward = torch.cat([one.radius.grad.flatten() for one in some if one.radius.grad is not None]).double()
-        around = torch.cat([one.angle.grad.flatten() for one in some if one.angle.grad is not None]).double()
+        outward, around = (torch.cat([_gradient(getattr(one, n)) for one in some]) for n in ("radius", "angle"))
         if factor != 1.0:
             outward, around = outward * factor, around * factor
         if self.pull:
             outward = outward + 2 * self.pull * torch.atanh(radius) / disk.radial_gap(radius)
         if self.clip_value is not None:
             outward, around = (g.clamp(-self.clip_value, self.clip_value) for g in (outward, around))
-        states = [self.state[one.radius] for one in some]
+        states, shapes = [self.state[one.radius] for one in some], [one.radius.shape for one in some]
 
         def step(gradient: Tensor, together: bool) -> Tensor:
-            return self._adam(some, states, gradient.to(some[0].radius.dtype), group, together)
+            return adam_step(states, shapes, gradient.to(some[0].radius.dtype), group, together)
 
         radius, angle = METHODS[self.method](radius, angle, outward, around, step)
         sizes = [one.radius.numel() for one in some]
         parts = radius.clamp(some[0].least, some[0].most).split(sizes), wrap(angle).split(sizes)  # type: ignore[no-untyped-call]
         for one, r, theta in zip(some, *parts, strict=True):
-            one.radius.copy_(r.view_as(one.radius))
-            one.angle.copy_(theta.view_as(one.angle))
+            # Half of a point may be fixed: it has no gradient.
+            if one.radius.grad is not None:
+                one.radius.copy_(r.view_as(one.radius))
+            if one.angle.grad is not None:
+                one.angle.copy_(theta.view_as(one.angle))
 
-    def _adam(
-        self, some: list[Points], states: list[dict[str, Any]], gradient: Tensor, group: dict[str, Any], together: bool
-    ) -> Tensor:
-        """Adam's step for the gradients (n, 2) of some modules; together, one second moment for both components."""
-        size = gradient.square().sum(-1, keepdim=True) if together else gradient.square()
-        for one, state in zip(some, states, strict=True):
-            if "mean" not in state:
-                state["step"] = 0
-                state["mean"] = gradient.new_zeros((*one.radius.shape, 2))
-                state["square"] = size.new_zeros((*one.radius.shape, size.shape[-1]))
-            state["step"] += 1
-        first, second = group["betas"]
-        count, moments = states[0]["step"], []
-        for name, new, beta in (("mean", gradient, first), ("square", size, second)):
-            moment = torch.cat([state[name].flatten(0, -2) for state in states]).lerp_(new, 1 - beta)
-            parts = moment.split([one.radius.numel() for one in some])  # type: ignore[no-untyped-call]
-            for state, part in zip(states, parts, strict=True):
-                state[name].copy_(part.view_as(state[name]))
-            moments.append(moment)
-        mean, root = moments[0], moments[1].div_(1 - second**count).sqrt_().add_(group["eps"])
-        return mean.div_(root).mul_(group["lr"] / (1 - first**count))
+
+def _gradient(p: Tensor) -> Tensor:
+    """Of a parameter, flat, in float64; 0 where it has none."""
+    return torch.zeros(p.numel(), dtype=torch.float64) if p.grad is None else p.grad.flatten().double()
 
 
 def _open(model: nn.Module) -> Iterator[Seeded]:

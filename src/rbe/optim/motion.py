@@ -1,7 +1,7 @@
 """How points (r, theta) move: in the tangent plane, along geodesics of the disk, or as two plain numbers."""
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,6 +46,44 @@ def polar(radius: Tensor, angle: Tensor, outward: Tensor, around: Tensor, step: 
     """Adam on r and theta themselves, as the paper has it."""
     moved = step(torch.stack([outward, around], -1), False)
     return radius - moved[..., 0], angle - moved[..., 1]
+
+
+def adam_step(
+    states: Sequence[dict[str, Any]],
+    shapes: Sequence[torch.Size],
+    gradient: Tensor,
+    group: dict[str, Any],
+    together: bool,
+) -> Tensor:
+    """Adam's step for the gradients (n, 2) of the points of some modules, whose moments are in `states`.
+
+    Args:
+        states: all of one number of steps, or empty. `born`, where there is one, is the step at which the moments of a
+            point were forgotten: their bias is corrected from there.
+        shapes: of the points of each module.
+        together: one second moment for both components.
+    """
+    size = gradient.square().sum(-1, keepdim=True) if together else gradient.square()
+    for shape, state in zip(shapes, states, strict=True):
+        if "mean" not in state:
+            state["step"] = 0
+            state["mean"] = gradient.new_zeros((*shape, 2))
+            state["square"] = size.new_zeros((*shape, size.shape[-1]))
+        state["step"] += 1
+    first, second = group["betas"]
+    count: float | Tensor = states[0]["step"]
+    if any("born" in state for state in states):
+        born = [state.get("born", torch.zeros(shape)) for shape, state in zip(shapes, states, strict=True)]
+        count = count - torch.cat([b.flatten() for b in born])[:, None].to(gradient)
+    moments = []
+    for name, new, beta in (("mean", gradient, first), ("square", size, second)):
+        moment = torch.cat([state[name].flatten(0, -2) for state in states]).lerp_(new, 1 - beta)
+        parts = moment.split([shape.numel() for shape in shapes])  # type: ignore[no-untyped-call]
+        for state, part in zip(states, parts, strict=True):
+            state[name].copy_(part.view_as(state[name]))
+        moments.append(moment)
+    mean, root = moments[0], moments[1].div_(1 - second**count).sqrt_().add_(group["eps"])
+    return mean.div_(root).mul_(group["lr"] / (1 - first**count))
 
 
 METHODS = {"tangent": tangent, "riemannian": riemannian, "polar": polar}

@@ -161,7 +161,9 @@ class StreamAdam(torch.optim.Adam):
                 loss = closure()
         groups = self.param_groups[: len(self.parts)]
         if not self.costs and groups[0]["done"]:
-            self.costs = {latent: self.state[latent]["cost"] for group in groups for latent in group["params"]}
+            # Latents that have never had a gradient are where they were: their costs are made again, not saved.
+            every = [latent for group in groups for latent in group["params"]]
+            self.costs = {p: self.state[p]["cost"] if self.state.get(p) else price(p)[1] for p in every}
         weigh = groups[0]["done"] % self.every == 0
         for group, (layers, size) in zip(groups, self.parts, strict=True):
             if weigh:
@@ -171,11 +173,16 @@ class StreamAdam(torch.optim.Adam):
                     latent.grad.addcmul_(self.costs[latent], latent.sign(), value=group["pressure"])
             group["done"] += 1
         super().step()
-        if weigh:
-            # Only after Adam has made its own state; saved and resumed with it.
-            for latent, cost in self.costs.items():
+        # Only after Adam has made its own state; saved and resumed with it.
+        for latent, cost in self.costs.items():
+            if self.state.get(latent) and (weigh or "cost" not in self.state[latent]):
                 self.state[latent]["cost"] = cost
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; what levels cost is that of the state."""
+        super().load_state_dict(state_dict)
+        self.costs = {}
 
     def _weigh(self, group: dict[str, Any], layers: list[Stream], size: int) -> None:
         bits = 0.0

@@ -42,7 +42,7 @@ class Outcome:
 
     Attributes:
         proposed, accepted: seeds changed in the trial, and kept; `flip` turns one bit of each.
-        before, after: the loss of the batch without and with what was kept.
+        before, after: the loss of the batch, a reward taken off, without and with what was kept.
     """
 
     proposed: int
@@ -134,13 +134,13 @@ def _weights(module: Seeded) -> Tensor:
     return made(module.read_code(), module.radius.detach(), module.angle.detach(), module.spec)
 
 
-def curvature(module: Seeded, gradient: Tensor) -> float:
+def curvature(module: Seeded, gradient: Blocks) -> float:
     """Of a loss for which a step of the size of the weights, against the gradient, is the best one."""
-    size = _weights(module).norm()
-    return float(gradient.norm() / size) if size > 0 else 0.0
+    size = (_weights(module).flatten(1) * gradient.exists).norm()
+    return float(gradient.values.norm() / size) if size > 0 else 0.0
 
 
-def _scores(module: Seeded, chosen: Tensor, gradient: Tensor, masks: Tensor) -> Tensor:
+def _scores(module: Seeded, chosen: Tensor, gradient: Blocks, masks: Tensor) -> Tensor:
     """Forecast of the change of the loss by each neighbour of the chosen seeds: (chosen, neighbours)."""
     spec, disk = module.spec, formats.disk(module.spec.format)
     one = formats.make_spec(spec.format, spec.block_shape, block=spec.block, mode=spec.mode)
@@ -149,16 +149,17 @@ def _scores(module: Seeded, chosen: Tensor, gradient: Tensor, masks: Tensor) -> 
     radius, angle = module.radius.detach()[block, stage], module.angle.detach()[block, stage]
     now = disk.values(code[:, None], radius[:, None], angle[:, None], one)
     h = curvature(module, gradient)
-    height, width = spec.block_shape
-    step = max(1, _CHUNK // (height * width * len(masks)))
+    cells = spec.block_shape[0] * spec.block_shape[1]
+    step = max(1, _CHUNK // (cells * len(masks)))
     found = []
     for k in range(0, len(chosen), step):
         part = slice(k, k + step)
         turned = (code[part, None] ^ masks).reshape(-1, 1)
         r, theta = (p[part, None].expand(-1, len(masks)).reshape(-1, 1) for p in (radius, angle))
-        change = disk.values(turned, r, theta, one).reshape(-1, len(masks), height, width) - now[part, None]
-        slope = (change * gradient[block[part]][:, None]).sum((2, 3))
-        found.append(slope + h / 2 * change.square().sum((2, 3)))
+        change = disk.values(turned, r, theta, one).reshape(-1, len(masks), cells) - now[part].reshape(-1, 1, cells)
+        mine = gradient.part(block[part])
+        change = change * mine.exists[:, None].to(change)  # padded cells make no difference
+        found.append((change * mine.values[:, None]).sum(2) + h / 2 * change.square().sum(2))
     return torch.cat(found)
 
 
@@ -187,8 +188,7 @@ def draw(
     chosen, masks = _pick(module, share, generator), neighbours(spec, fields)
     if not len(chosen):
         return chosen, chosen
-    slopes = gradient.values.reshape(-1, *spec.block_shape)
-    scores = _scores(module, chosen, slopes, masks).double()
+    scores = _scores(module, chosen, gradient, masks).double()
     if variety and spec.format == "packed128":
         code = module.read_code()
         mine = code.flatten()[chosen]
@@ -252,6 +252,7 @@ def transit(
     tolerance: float,
     tries: int = 1,
     humbler: Callable[[], object] = lambda: None,
+    reward: Callable[[], float] = lambda: 0.0,
 ) -> tuple[Outcome, list[Tensor]]:
     """Change discrete bits in all modules together, and keep the changes where the loss of the same batch agrees.
 
@@ -259,12 +260,14 @@ def transit(
         propose: what to try in a module, from the gradient by its blocks.
         tries: proposals that may be refused; the last one is tried by halves too.
         humbler: called after a refusal, before `propose` is asked again.
+        reward: what is taken off the loss of the seeds as they are.
 
     Returns:
         what happened, and per module a bool (blocks, stages) of the seeds that changed.
     """
     closure = _repeatable(closure)
     before, gradients = _gradients(modules, closure)
+    before -= reward()
     old = [m.read_code().clone() for m in modules]
     proposed, kept, best = 0, 0, before
 
@@ -279,8 +282,13 @@ def transit(
             flat = turned.view(-1)
             flat[seeds] = flat[seeds] ^ masks
             module.write_code(turned)
-        with torch.no_grad():
-            loss = _agreed(closure().detach())
+        try:
+            with torch.no_grad():
+                loss = _agreed(closure().detach()) - reward()
+        except BaseException:  # an interrupt, too, leaves no bits behind that nobody judged
+            for module, code in zip(modules, old, strict=True):
+                module.write_code(code)
+            raise
         # What one half of the changes may cost, the other half may not once more.
         if math.isfinite(loss) and loss <= min(best, before) + tolerance:
             best, kept = loss, kept + sum(len(seeds) for seeds, _ in some)

@@ -1,10 +1,11 @@
 """The networks that can be trained, of seeds or dense."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from rbe.nn import Seeded, Stream
+from rbe.nn import Seeded, SeededVector, Stream, stored_bytes
 from rbe.train import pictures, texts
 from rbe.train.config import Config
 from rbe.train.planting import matrices, plant
@@ -33,8 +34,11 @@ def dense(config: Config) -> nn.Module:
     return _KINDS[config.model.kind](config)
 
 
-def sizes(model: nn.Module) -> dict[str, int]:
+def sizes(model: nn.Module, stored: Mapping[str, Tensor] | None = None) -> dict[str, int]:
     """Weights and bytes of a model.
+
+    Args:
+        stored: what `rbe.nn.pack` made of it, if that is what is kept.
 
     Returns:
         weights: of the matrices; seed_bytes: that stand for them (all of them, where they are dense); bytes: of
@@ -47,9 +51,9 @@ def sizes(model: nn.Module) -> dict[str, int]:
     own: set[int] = set()
     for module in model.modules():
         if isinstance(module, Seeded) and module.owner is module:
-            rows, columns = module.spec.shape
-            weights += rows * columns
             matrix = module.matrix
+            # The one seed of a bias stands for no weight.
+            weights += 0 if isinstance(module, SeededVector) else math.prod(module.spec.shape)
             seed_bytes += matrix.seeds.numel() * 8
             whole += matrix.nbytes
             own |= {id(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None}
@@ -61,14 +65,17 @@ def sizes(model: nn.Module) -> dict[str, int]:
             # The scale is a float32.
             weights, seed_bytes, whole = weights + matrix_weights, seed_bytes + matrix_bytes, whole + matrix_bytes + 4
             own |= {id(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None}
-        elif callable(stored := getattr(module, "stored", None)):
-            matrix_weights, matrix_bytes = stored()
+        elif callable(own_stored := getattr(module, "stored", None)):
+            matrix_weights, matrix_bytes = own_stored()
             weights, seed_bytes, whole = weights + matrix_weights, seed_bytes + matrix_bytes, whole + matrix_bytes
             tensors = (*module._parameters.items(), *module._buffers.items())
             own |= {id(t) for name, t in tensors if t is not None and name != "bias"}
+    names = {id(p): name for name, p in model.named_parameters()}
     for one in matrices(model):
         weights += one.weight.numel()
-        seed_bytes += 4 * one.weight.numel()
+        seed_bytes += 4 * one.weight.numel() if stored is None else stored[names[id(one.weight)]].nbytes
+    if stored is not None:
+        return {"weights": weights, "seed_bytes": seed_bytes, "bytes": stored_bytes(stored)}
     every: list[Tensor] = [*model.parameters(), *model.buffers()]
     # The counter of batch norms takes part in nothing.
     kept = [t for t in every if id(t) not in own and t.is_floating_point()]

@@ -159,7 +159,7 @@ def _check(path: Path, config: Config) -> None:
     _check_numbers(path, config)
     _check_bits(path, config)
     rest = config.train.rest_bits
-    if rest not in BITS or (rest < 32 and seeds.format == "dense"):
+    if rest not in BITS or (rest < 32 and {seeds.format, *(one.format or "dense" for one in seeds.layer)} == {"dense"}):
         offered = ", ".join(map(str, BITS))
         raise RbeError(
             f"train: {path}: [train] rest_bits is {rest}; choose one of {offered}, and 32 for a dense network"
@@ -180,11 +180,11 @@ def _check(path: Path, config: Config) -> None:
         raise RbeError(f"train: {path}: [seeds] blocks is for networks of images; use [[seeds.layer]] patterns")
     if config.train.batch == 1 and data.task == "images" and (model.kind == "resnet20" or model.norm == "batch"):
         raise RbeError(f"train: {path}: [train] batch is 1, of which batch norms learn nothing; give 2 or more")
-    offering = {"packed64", "packed128"} & {seeds.format, *(layer.format for layer in seeds.layer)}
-    if seeds.bias == "seed" and not offering:
+    others = {seeds.format, *(layer.format or seeds.format for layer in seeds.layer)} - {"packed64", "packed128"}
+    if seeds.bias == "seed" and others:
         raise RbeError(
-            f"train: {path}: [seeds] bias is 'seed', which {seeds.format} cannot be; give true or false, or format "
-            "packed64 or packed128"
+            f"train: {path}: [seeds] bias is 'seed', which {', '.join(sorted(others))} cannot be; give true or false, "
+            "or packed64 or packed128 for all matrices"
         )
     if seeds.rows and seeds.format != "stream":
         raise RbeError(f"train: {path}: [seeds] rows is for format stream; leave it out")
@@ -210,13 +210,15 @@ def _check_stream(path: Path, config: Config, matrices: int) -> None:
         )
     if not seeds.bytes and not any(layer.bytes for layer in seeds.layer):
         raise RbeError(f"train: {path}: [seeds] bytes is missing; with format stream it says how many there may be")
+    if recipe.dense_lr is not None and not recipe.dense_lr > 0:
+        raise RbeError(f"train: {path}: [train] dense_lr is {recipe.dense_lr}; it must be positive")
     if seeds.rows and (len(seeds.rows) != matrices or min(seeds.rows) < 1 or seeds.layer):
         raise RbeError(
             f"train: {path}: [seeds] rows is {list(seeds.rows)}; give {matrices} positive numbers"
             if matrices
             else f"train: {path}: [seeds] rows is for a mlp or lenet5, all of whose matrices are streams; leave it out"
         )
-    of_points = ("flip_every", "beam_every", "phases", "rest_bits", "method", "weight_decay", "pull", "clip_norm")
+    of_points = ("flip_every", "beam_every", "phases", "method", "weight_decay", "pull", "clip_norm")
     wrong = [name for name in of_points if getattr(recipe, name) != getattr(plain, name)]
     if wrong:
         raise RbeError(f"train: {path}: [train] {', '.join(wrong)} have no meaning with stream; leave them out")
@@ -257,6 +259,7 @@ def _check_numbers(path: Path, config: Config) -> None:
     sections += [
         ("model", "dropout", model.dropout, 0 <= model.dropout < 1, "in [0, 1)"),
         ("data", "length", config.data.length, config.data.length > 1, "at least 2"),
+        ("data", "validation", config.data.validation, config.data.validation > 0, "positive"),
         ("data", "shrink", config.data.shrink, config.data.shrink > 0, "positive"),
         ("data", "shift", config.data.shift, config.data.shift >= 0, "0 or more"),
         ("seeds", "bytes", config.seeds.bytes, config.seeds.bytes >= 0, "0 or more"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rbe.errors import RbeError
-from rbe.nn import Stream, round_rest, stored_bytes
+from rbe.nn import Stream, round_rest
 from rbe.optim import HybridAdam, Phase, Phases, PowerDecay, StreamAdam, rounds, three_phases
 from rbe.train import budget, networks, store
 from rbe.train.budget import Share
@@ -438,7 +438,7 @@ def _optimizer(config: Config, model: nn.Module, steps: int) -> HybridAdam | Str
                 if not config.seeds.budget(name)[1]:
                     raise RbeError(f"train: {name} is a stream without bytes; give [seeds] bytes")
         budgets = [(layers, size) for (_, size), layers in parts.items()]
-        return StreamAdam(model, budgets, steps, lr, dense_lr=recipe.dense_lr or lr / 10)
+        return StreamAdam(model, budgets, steps, lr, dense_lr=lr / 10 if recipe.dense_lr is None else recipe.dense_lr)
     return HybridAdam(
         model,
         recipe.lr,
@@ -473,7 +473,7 @@ def _finish(run: _Run, out: Path, identity: str) -> Result:
     sizes, validation, stored = networks.sizes(run.model), run.curve[run.best_epoch], run.model.state_dict()
     if rest_bits < 32:
         stored = round_rest(run.model, rest_bits)
-        sizes["bytes"] = stored_bytes(stored)
+        sizes = networks.sizes(run.model, stored)
         validation = run.task.measure(run.model, "validation")
     dense = 4 * sizes["weights"]
     rest = sizes["bytes"] - sizes["seed_bytes"]

@@ -8,6 +8,7 @@ void bind_encoder(nb::module_& m);
 void bind_kernels(nb::module_& m);
 void bind_outer(nb::module_& m);
 void bind_packed(nb::module_& m);
+void bind_sparse(nb::module_& m);
 void bind_stream(nb::module_& m);
 
 NB_MODULE(_cpu, m) {
@@ -16,5 +17,6 @@ NB_MODULE(_cpu, m) {
     bind_kernels(m);
     bind_outer(m);
     bind_packed(m);
+    bind_sparse(m);
     bind_stream(m);
 }

@@ -1,0 +1,20 @@
+// AVX-512.
+#include <cstring>
+
+#include "sparse.h"
+
+namespace rbe {
+namespace {
+constexpr int WIDE = 16;
+#include "sparse_tier.h"
+}  // namespace
+
+template <class Index>
+const SparseTier<Index>& sparse_avx512() {
+    static const SparseTier<Index> t{single<Index>, run<Index>};
+    return t;
+}
+template const SparseTier<uint16_t>& sparse_avx512<uint16_t>();
+template const SparseTier<int32_t>& sparse_avx512<int32_t>();
+
+}  // namespace rbe
