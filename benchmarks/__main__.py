@@ -11,6 +11,7 @@ BENCHMARKS = (
     ["kernels"],
     ["packed"],
     ["outer"],
+    ["streams"],
     ["encoder"],
     ["rings"],
     ["search"],

@@ -159,6 +159,13 @@ def test_a_form_that_makes_no_sense_is_refused(
         rbe.load(folder, model=Everything())
 
 
+def test_folders_of_before_the_format_was_settled_are_read(folder: Path) -> None:
+    before = rbe.load(folder, model=Everything())
+    reseal(folder, lambda entry: entry.update(version=0))
+    after = rbe.load(folder, model=Everything())
+    assert all(torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values(), strict=True))
+
+
 def test_a_seed_of_another_matrix_is_refused(folder: Path) -> None:
     # As good as empty: no seed of 85 bytes and more can be of so few weights.
     reseal(folder, lambda entry: entry.update(shape=[1, 1], sides=[1, 1], cells=1))

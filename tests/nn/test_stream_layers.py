@@ -184,6 +184,32 @@ def test_a_recurrent_layer_is_torchs_of_the_levels(bias: bool, both: bool) -> No
     torch.testing.assert_close(layer(x, state)[0], wanted)
 
 
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_frozen_recurrent_layers_walk_as_torch_does(both: bool, batch_first: bool) -> None:
+    torch.manual_seed(0)
+    layer = StreamLSTM(15, 12, 2, True, batch_first=batch_first, dropout=0.5, bidirectional=both).eval()
+    for module in layer.modules():
+        if isinstance(module, Stream):
+            nn.init.normal_(module.latent, std=0.4)
+            module.freeze()
+    x = torch.randn(3, 7, 15)
+    state = (
+        torch.randn(4 if both else 2, 3 if batch_first else 7, 12),
+        torch.randn(4 if both else 2, 3 if batch_first else 7, 12),
+    )
+    with patch("torch.lstm", side_effect=AssertionError):
+        ours = [layer(x, state), layer(x)]
+    with patch.object(StreamLSTM, "_sparse", return_value=False):
+        for (y, (h, c)), start in zip(ours, (state, None), strict=True):
+            wanted, (wanted_h, wanted_c) = layer(x, start)
+            for one, two in ((y, wanted), (h, wanted_h), (c, wanted_c)):
+                torch.testing.assert_close(one, two)
+    assert not layer._sparse(x.double(), *state)
+    assert not layer._sparse(x.clone().requires_grad_(), *state)
+    assert not layer.train()._sparse(x, *state)  # something is dropped
+
+
 def test_a_table_gives_rows_and_serves_as_the_output() -> None:
     torch.manual_seed(0)
     table = StreamEmbedding(9, 4, spread=0.5)

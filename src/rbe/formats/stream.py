@@ -31,7 +31,7 @@ from torch import Tensor
 
 from rbe.errors import RbeError
 
-VERSION = 0
+VERSION = 1
 LARGEST = 255
 # Weights of the mix at the start, in units of 2^-12; the first is that of the whole matrix.
 MIX = (4096, 2600, 2048, 1024, 1536, 1024, 1024)

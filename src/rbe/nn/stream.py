@@ -189,6 +189,10 @@ class Stream(nn.Module):
             self._decoded = self.seed, Sparse(levels[:, :columns], levels[:, -1] if self.bias else None)
         return self._decoded[1]
 
+    def multiplies(self, x: Tensor) -> bool:
+        """Whether the layer is frozen and multiplies inputs like x without a dense matrix."""
+        return self._fast(x) is not None
+
     def _fast(self, x: Tensor) -> Sparse | None:
         """What multiplies x without a dense matrix; None where autograd, a compiler or another device watches."""
         if self.trainable or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -17,8 +17,9 @@ class StreamLSTM(nn.Module):
     (torch.Size([5, 3, 16]), torch.Size([2, 3, 16]))
 
     Layer k has the streams `ih_l<k>` (4 * hidden_size, inputs), which also holds the one bias of the layer, and
-    `hh_l<k>` (4 * hidden_size, hidden_size); a bidirectional one also those with the suffix `_reverse`. The matrices
-    are made once a call and forgotten afterwards; torch's own kernel does the steps.
+    `hh_l<k>` (4 * hidden_size, hidden_size); a bidirectional one also those with the suffix `_reverse`. Frozen streams
+    are multiplied step by step without a dense matrix. Elsewhere, as in training, the matrices are made once a call and
+    forgotten afterwards, and torch's own kernel does the steps.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as torch's.
@@ -81,6 +82,8 @@ class StreamLSTM(nn.Module):
         for one in start:
             if tuple(one.shape) != shape:
                 raise RbeError(f"StreamLSTM: a state is {tuple(one.shape)}; it must be {shape}")
+        if self._sparse(x, *start):
+            return self._walk(x, *start)
         y, h, c = torch.lstm(
             x,
             start,
@@ -93,6 +96,33 @@ class StreamLSTM(nn.Module):
             self.batch_first,
         )
         return y, (h, c)
+
+    def _sparse(self, x: Tensor, h: Tensor, c: Tensor) -> bool:
+        """Whether every product touches only what is there, and nothing is dropped."""
+        if x.dtype != torch.float32 or h.requires_grad or c.requires_grad or (self.training and self.dropout):
+            return False
+        layers = [layer for layer in self.children() if isinstance(layer, StreamLinear)]
+        return all(layer.multiplies(x) for layer in layers)
+
+    def _walk(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The steps of every layer, as torch defines them."""
+        y, last = x.transpose(0, 1) if self.batch_first else x, []
+        directions = 2 if self.bidirectional else 1
+        for first in range(0, len(self.parts), directions):
+            sides = []
+            for number in range(first, first + directions):
+                part = self.parts[number]
+                gates, times = self.get_submodule(f"ih{part}")(y), range(len(y))
+                state, cell, made = h[number], c[number], torch.empty(*y.shape[:2], self.hidden_size)
+                for t in reversed(times) if number > first else times:
+                    i, f, g, o = (gates[t] + self.get_submodule(f"hh{part}")(state)).chunk(GATES, -1)
+                    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+                    state = made[t] = o.sigmoid() * cell.tanh()
+                sides.append(made)
+                last.append((state, cell))
+            y = torch.cat(sides, -1)
+        h, c = (torch.stack(parts) for parts in zip(*last, strict=True))
+        return y.transpose(0, 1) if self.batch_first else y, (h, c)
 
     def extra_repr(self) -> str:
         """Sizes and settings."""

@@ -47,7 +47,8 @@ class Form:
             RbeError: the seed is of another version of the format.
             CorruptFile: the entry makes no sense.
         """
-        if entry["version"] != stream.VERSION:
+        # Version 0 was the same, before it was promised to stay so.
+        if entry["version"] not in (0, stream.VERSION):
             raise RbeError(
                 f"a stream is of version {entry['version']} of its format, this rbe reads {stream.VERSION}: "
                 "install the rbe that wrote it, or train again"
