@@ -113,8 +113,8 @@ def main() -> None:
             linear(threads)
         convolutions(2)
     print(
-        "\nThe limit of a thread is one vector of additions a cycle: 16 with AVX-512, 8 with AVX2; of up to six rows of "
-        "x, whose numbers lie apart, one."
+        "\nThe limit of a thread is one vector of additions a cycle: 16 with AVX-512, 8 with AVX2; one of up to six "
+        "rows of x, whose numbers lie apart."
     )
 
 

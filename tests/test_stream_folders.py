@@ -163,7 +163,9 @@ def test_folders_of_before_the_format_was_settled_are_read(folder: Path) -> None
     before = rbe.load(folder, model=Everything())
     reseal(folder, lambda entry: entry.update(version=0))
     after = rbe.load(folder, model=Everything())
-    assert all(torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values(), strict=True)
+    )
 
 
 def test_a_seed_of_another_matrix_is_refused(folder: Path) -> None:

@@ -28,7 +28,8 @@ from benchmarks.trained.methods import METHODS, RATIOS, Task, whole_of
 from benchmarks.trained.pruned import Pruned, SparseLinear, huffman, shared_values, sparse_bytes, spread
 from benchmarks.trained.stored import Shift, store, weight_bytes, whole_bytes
 from benchmarks.trained.values import Values, fitting
-from rbe.nn import Seeded
+from rbe.nn import Seeded, Stream
+from rbe.optim import StreamAdam
 
 # (layer of 48 inputs and 20 outputs, its bytes)
 LAYERS: dict[str, tuple[Callable[[], Matrix], int]] = {
@@ -223,14 +224,16 @@ def test_every_method_fits_its_bytes_and_stores_what_it_computes(name: str, rati
             model(x)
     else:
         model(x).sum().backward()
+    if name == "stream":
+        StreamAdam(model, method.seeds(Task(whole, ratio, 20)).bytes, steps=1).fit()
     for module in model.modules():
-        if isinstance(module, Seeded):
+        if isinstance(module, Seeded | Stream):
             module.freeze()
     before = model.eval()(x)
     store(model)
     assert (model(x) - before).abs().max() < 0.02 * before.abs().max()
     nbytes = whole_bytes(model)
-    rest = 4 * sum(m.factor.numel() for m in model if hasattr(m, "factor")) + 2 * 10
+    rest = 4 * sum(m.factor.numel() for m in model if hasattr(m, "factor")) + 2 * 10 * (name != "stream")
     assert nbytes == weight_bytes(model) + rest
     assert nbytes <= whole
     # One seed for 16x16 weights is half of what there is.
@@ -258,7 +261,19 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> table.Plan:
     return table.Plan("mnist", 64, whole_of(64), epochs=4, tune_epochs=1, folder=tmp_path / "runs")
 
 
-@pytest.mark.parametrize("name", ["dense 2-bit 14x14", "outer128"])
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "narrow" in method.grid])
+def test_narrower_hosts_fit_too(name: str, ratio: int) -> None:
+    method, whole = METHODS[name], whole_of(ratio)
+    settings = {key: values[0] for key, values in method.grid.items() if key != "lr"}
+    for narrow in method.grid["narrow"][1:]:
+        model = method.build(Task(whole, ratio, 20), **{**settings, "narrow": narrow})
+        norms = [m.num_features for m in model if isinstance(m, nn.BatchNorm1d)]
+        assert norms == [256 // narrow, 128 // narrow]
+        assert model(torch.randn(8, 1, 28, 28)).shape == (8, 10)
+
+
+@pytest.mark.parametrize("name", ["dense 2-bit 14x14", "outer128", "stream"])
 def test_a_row_is_tuned_without_the_test_split_and_kept(plan: table.Plan, name: str) -> None:
     said: list[str] = []
     row = table.row(plan, name, said.append)

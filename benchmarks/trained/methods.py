@@ -13,6 +13,7 @@ from benchmarks.trained.layers import BasisLinear, HashedLinear, LowRankLinear, 
 from benchmarks.trained.pruned import Pruned, SparseLinear
 from benchmarks.trained.stored import Shift, rest_bytes
 from rbe import formats
+from rbe.train.config import Seeds
 
 HOST = (784, 256, 128, 10)
 CLASSES = HOST[-1]
@@ -21,6 +22,8 @@ RATIOS = (64, 256, 1000)
 # Edges of the blocks of `outer128`, of each matrix in turn: the seeds come nearest to the ratio.
 BLOCKS = {64: (16, 16, 16), 256: (32, 32, 16), 1000: (64, 64, 64)}
 RATES = (1e-2, 3e-3, 3e-2)
+# Factors by which the hidden layers of a peer may be narrower.
+NARROW = (1, 2, 4)
 
 Make = Callable[[int, int, int], nn.Module]
 
@@ -42,11 +45,13 @@ class Method:
         build: (task, settings) to a fresh network; ValueError where none is that small.
         grid: settings to tune, the first of each being the start.
         recipe: of the training run.
+        seeds: what the configuration says of the matrices, where the harness has to know.
     """
 
     build: Callable[..., nn.Sequential]
     grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    seeds: Callable[[Task], Seeds] = lambda _: Seeds(format="dense", bias=False)
 
 
 def seed_bytes(ratio: int) -> int:
@@ -83,10 +88,25 @@ def network(widths: tuple[int, ...], make: Make, pool: bool = False) -> Iterator
     yield Shift(widths[-1])
 
 
-def shares(nbytes: int) -> list[int]:
-    """Bytes for each matrix of the host: by weights^(3/4), for a weight of a small matrix matters more."""
-    sizes = [(inputs * outputs) ** 0.75 for inputs, outputs in shapes_of(HOST)]
+def shares(nbytes: int, widths: tuple[int, ...] = HOST) -> list[int]:
+    """Bytes for each matrix: by weights^(3/4), for a weight of a small matrix matters more."""
+    sizes = [(inputs * outputs) ** 0.75 for inputs, outputs in shapes_of(widths)]
     return [int(nbytes * size / sum(sizes)) for size in sizes]
+
+
+def narrowed(task: Task, narrow: int) -> tuple[tuple[int, ...], int]:
+    """The host with its hidden layers narrower by a factor, and the bytes that its norms and biases leave for matrices.
+
+    At high ratios norms of all units would take half of the bytes.
+
+    Raises:
+        ValueError: they leave nothing.
+    """
+    widths = (HOST[0], *(units // narrow for units in HOST[1:-1]), CLASSES)
+    nbytes = task.whole - rest_bytes(widths)
+    if nbytes < 64:
+        raise ValueError(f"norms and biases of {widths} leave {nbytes} of {task.whole} bytes")
+    return widths, nbytes
 
 
 def quantised(task: Task, *, bits: int, pool: bool) -> nn.Sequential:
@@ -106,33 +126,32 @@ def quantised(task: Task, *, bits: int, pool: bool) -> nn.Sequential:
     return nn.Sequential(*network(widths(hidden), lambda _, a, b: QuantLinear(a, b, bits), pool))
 
 
-def _of_host(task: Task, make: Callable[[int, int, int, int], nn.Module]) -> nn.Sequential:
-    nbytes = task.whole - rest_bytes(HOST)
-    if nbytes < 64:
-        raise ValueError(f"norms and biases of the host leave {nbytes} of {task.whole} bytes")
-    given = shares(nbytes)
-    return nn.Sequential(*network(HOST, lambda k, a, b: make(k, a, b, given[k])))
+def _of_host(task: Task, narrow: int, make: Callable[[int, int, int, int], nn.Module]) -> nn.Sequential:
+    widths, nbytes = narrowed(task, narrow)
+    given = shares(nbytes, widths)
+    return nn.Sequential(*network(widths, lambda k, a, b: make(k, a, b, given[k])))
 
 
-def shared(task: Task, *, bits: int) -> nn.Sequential:
+def shared(task: Task, *, bits: int, narrow: int = 1) -> nn.Sequential:
     """HashedNets."""
-    return _of_host(task, lambda k, a, b, nbytes: HashedLinear(a, b, nbytes, bits, k))
+    return _of_host(task, narrow, lambda k, a, b, nbytes: HashedLinear(a, b, nbytes, bits, k))
 
 
-def basis(task: Task, *, bits: int) -> nn.Sequential:
+def basis(task: Task, *, bits: int, narrow: int = 1) -> nn.Sequential:
     """Coefficients of a random basis."""
-    return _of_host(task, lambda k, a, b, nbytes: BasisLinear(a, b, nbytes, bits, k))
+    return _of_host(task, narrow, lambda k, a, b, nbytes: BasisLinear(a, b, nbytes, bits, k))
 
 
-def nola(task: Task, *, bits: int, rank: int) -> nn.Sequential:
+def nola(task: Task, *, bits: int, rank: int, narrow: int = 1) -> nn.Sequential:
     """Coefficients of random bases of two factors; each factor has a step of its own."""
-    return _of_host(task, lambda k, a, b, nbytes: NolaLinear(a, b, rank, nbytes - 4, bits, 10 * k))
+    return _of_host(task, narrow, lambda k, a, b, nbytes: NolaLinear(a, b, rank, nbytes - 4, bits, 10 * k))
 
 
-def low_rank(task: Task, *, bits: int) -> nn.Sequential:
+def low_rank(task: Task, *, bits: int, narrow: int = 1) -> nn.Sequential:
     """Ranks grow where bytes lag behind the shares."""
-    nbytes, shapes = task.whole - rest_bytes(HOST), shapes_of(HOST)
-    given, ranks = shares(max(nbytes, 3)), [1] * len(shapes)
+    widths, nbytes = narrowed(task, narrow)
+    shapes, given = shapes_of(widths), shares(nbytes, widths)
+    ranks = [1] * len(shapes)
 
     def used(k: int, rank: int) -> int:
         return LowRankLinear.nbytes(*shapes[k], rank, bits)
@@ -147,13 +166,13 @@ def low_rank(task: Task, *, bits: int) -> nn.Sequential:
         if not more:
             break
         ranks[min(more, key=lambda k: used(k, ranks[k]) / given[k])] += 1
-    return nn.Sequential(*network(HOST, lambda k, a, b: LowRankLinear(a, b, ranks[k], bits)))
+    return nn.Sequential(*network(widths, lambda k, a, b: LowRankLinear(a, b, ranks[k], bits)))
 
 
-def pruned(task: Task, *, levels: int) -> nn.Sequential:
+def pruned(task: Task, *, levels: int, narrow: int = 1) -> nn.Sequential:
     """Few weights of few values, entropy-coded."""
-    nbytes = task.whole - rest_bytes(HOST)
-    layers = network(HOST, lambda _, a, b: SparseLinear(a, b, levels))
+    widths, nbytes = narrowed(task, narrow)
+    layers = network(widths, lambda _, a, b: SparseLinear(a, b, levels))
     return Pruned(*layers, nbytes=nbytes, steps=task.steps)
 
 
@@ -165,6 +184,14 @@ def ours(task: Task) -> nn.Sequential:
         return seeded.Linear(a, b, False, format="outer128", block=blocks[k])
 
     return nn.Sequential(*network(HOST, make))
+
+
+def streamed(task: Task) -> nn.Sequential:
+    """The host in `stream`, biases within and no norms."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in shapes_of(HOST):
+        layers += [seeded.StreamLinear(inputs, outputs, cells=28 if inputs == HOST[0] else 1), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 def printed(task: Task, *, format: str) -> nn.Sequential:
@@ -180,17 +207,25 @@ def printed(task: Task, *, format: str) -> nn.Sequential:
     )
 
 
-METHODS: dict[str, Method] = {"outer128": Method(ours, {"lr": RATES})}
+METHODS: dict[str, Method] = {
+    "outer128": Method(ours, {"lr": RATES}),
+    "stream": Method(
+        streamed,
+        {"lr": (2e-2, 1e-2, 4e-2)},
+        # A float32 scale a matrix is beside the streams.
+        seeds=lambda task: Seeds(format="stream", bytes=task.whole - 4 * len(shapes_of(HOST))),
+    ),
+}
 for _bits in (4, 2, 1):
     for _pool in (False, True):
         _name = f"dense {_bits}-bit" + (" 14x14" if _pool else "")
         METHODS[_name] = Method(partial(quantised, bits=_bits, pool=_pool), {"lr": RATES})
 METHODS |= {
-    "hashed": Method(shared, {"bits": (4, 2, 1), "lr": RATES}),
-    "random basis": Method(basis, {"bits": (4, 2), "lr": RATES}),
-    "nola": Method(nola, {"bits": (4, 2), "rank": (32,), "lr": RATES}),
-    "low rank": Method(low_rank, {"bits": (4, 2, 1), "lr": RATES}),
-    "pruned": Method(pruned, {"levels": (4, 2), "lr": (1e-2, 3e-3)}),
+    "hashed": Method(shared, {"narrow": NARROW, "bits": (4, 2, 1), "lr": RATES}),
+    "random basis": Method(basis, {"narrow": NARROW, "bits": (4, 2), "lr": RATES}),
+    "nola": Method(nola, {"narrow": NARROW, "bits": (4, 2), "rank": (32,), "lr": RATES}),
+    "low rank": Method(low_rank, {"narrow": NARROW, "bits": (4, 2, 1), "lr": RATES}),
+    "pruned": Method(pruned, {"narrow": NARROW, "levels": (4, 2), "lr": (1e-2, 3e-3)}),
     # As printed: Adam on r and theta themselves; state transitions with the printed annealing.
     "packed64": Method(partial(printed, format="packed64"), {"lr": RATES}, {"method": "polar"}),
     "packed128": Method(partial(printed, format="packed128"), {"lr": RATES}, {"method": "polar", "flip_every": 10}),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from rbe.nn import Seeded
+from rbe.nn import Seeded, Stream
 
 
 class Shift(nn.Module):
@@ -56,6 +56,8 @@ def weight_bytes(model: nn.Module) -> int:
             total += module.matrix.nbytes
         elif isinstance(module, nn.Linear):
             total += 4 * module.weight.numel()
+        elif isinstance(module, Stream):
+            total += module.stored()[1] + 4  # a float32 scale
         elif callable(stored := getattr(module, "stored", None)):
             total += stored()[1]
     return total

@@ -102,11 +102,11 @@ def _tested(plan: Plan) -> Config:
     return Config("test", Data(path=FILES[plan.task], validation=HELD))
 
 
-def _config(plan: Plan, name: str, recipe: dict[str, Any], epochs: int) -> Config:
+def _config(plan: Plan, name: str, recipe: dict[str, Any], epochs: int, seeds: Seeds) -> Config:
     fixed = {"epochs": epochs, "batch": BATCH, "seed": plan.seed}
     model = Model(kind="mlp", widths=HOST, norm="batch")
     about = Data(path=str(untested(plan)), validation=HELD, shift=plan.shift)
-    return Config(name, about, model, Seeds(format="dense", bias=False), Recipe(**{**fixed, **recipe}))
+    return Config(name, about, model, seeds, Recipe(**{**fixed, **recipe}))
 
 
 def run(
@@ -130,7 +130,7 @@ def run(
         if p.epoch % 5 == 0:
             say(f"{label}: {p.epoch}, validation {100 * p.validation:.2f} %, {p.left:.0f} s left")
 
-    result = train(_config(plan, label, recipe, epochs), out, tell, build=build)
+    result = train(_config(plan, label, recipe, epochs, method.seeds(task)), out, tell, build=build)
     return out, build, result.validation, result.seconds
 
 
@@ -142,8 +142,7 @@ def _train_images(plan: Plan) -> int:
 def teacher(plan: Plan, say: Callable[[str], None]) -> Path:
     """Folder of the dense network that teaches, trained with the same options."""
     name = " ".join(filter(None, [f"{plan.task}-dense", f"shift {plan.shift}" if plan.shift else ""]))
-    config = _config(replace(plan, seed=0), name, {"lr": TEACHER}, plan.epochs)
-    config = replace(config, seeds=Seeds(format="dense"))
+    config = _config(replace(plan, seed=0), name, {"lr": TEACHER}, plan.epochs, Seeds(format="dense"))
     out = plan.folder / name
     result = train(config, out, lambda p: say(f"teacher: {p.epoch}") if p.epoch % 10 == 0 else None)
     say(f"teacher: validation {100 * result.validation:.2f} %")
@@ -235,7 +234,7 @@ def draw(plan: Plan) -> Path:
     for name in METHODS:
         points = sorted((r.bytes, 100 * r.test) for r in found if r.method == name)
         if points:
-            style = "k-" if name == "outer128" else "-" if name.startswith("dense") else "--"
+            style = "k-" if name in ("outer128", "stream") else "-" if name.startswith("dense") else "--"
             axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, label=name)
     axes.set(xscale="log", xlabel="bytes, everything counted", ylabel="test accuracy, %", title=plan.task)
     axes.legend(fontsize=8)
