@@ -22,12 +22,16 @@ BENCHMARKS = (
 
 # Finished runs are kept in runs/, and an interrupted one goes on.
 LONG = (
-    ["headline", "--seeds", "0", "1", "2", "--only", "mnist-64-stream", "mnist-256-stream", "mnist-1000"],
+    ["headline", "--seeds", "0", "1", "2", "--only", "mnist-64-stream", "mnist-256-stream", "mnist-1000", "lenet5-555"],
+    ["headline", "--only", "gpt-200-stream", "--epochs", "6"],
     ["headline"],
     *(["trained", "--task", task, "--ratio", "64"] for task in ("mnist", "fashion")),
-    ["points"],
-    ["bits"],
-    ["rounds"],
+    # In the whole bytes of the streams above.
+    ["trained", "--ratio", "256", "--whole", "3569", "--tune"],
+    ["trained", "--ratio", "1000", "--whole", "932", "--tune"],
+    ["points", "--epochs", "3"],
+    ["bits", "--epochs", "2", "--share", "0.5"],
+    ["rounds", "--epochs", "12"],
 )
 
 
