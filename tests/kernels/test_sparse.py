@@ -96,7 +96,9 @@ def test_threads_change_nothing() -> None:
 def test_rows_and_the_whole_are_the_levels(rows: int, columns: int) -> None:
     some = levels(rows, columns, 0.1)
     matrix = Sparse(some)
-    assert torch.equal(matrix.decode(0.5), some * 0.5)
+    assert torch.equal(matrix.decode(torch.tensor(0.5)), some * 0.5)
+    with_bias = Sparse(some, torch.arange(rows) - 2).decode(torch.tensor(2.0))
+    assert torch.equal(with_bias, torch.cat((some, torch.arange(rows)[:, None] - 2), 1) * 2.0)
     assert torch.equal(matrix.rows(torch.tensor([3, 0, 3]), 2.0), some[[3, 0, 3]] * 2.0)
     assert matrix.entries == int((some != 0).sum())
     assert matrix.density == matrix.entries / some.numel()

@@ -97,9 +97,23 @@ def test_a_used_model_can_be_copied() -> None:
     assert torch.equal(copy.deepcopy(model)(x), y)
 
 
+def test_compilers_and_transforms_see_frozen_layers() -> None:
+    layer, x = StreamLinear(16, 8), torch.randn(3, 16)
+    nn.init.normal_(layer.latent, std=0.4)
+    layer.freeze()
+    y = layer(x)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), y)
+    torch.testing.assert_close(torch.vmap(layer)(x), y)
+    gradient = torch.func.grad(lambda v: layer(v).sum())(x)
+    torch.testing.assert_close(gradient, layer.weight.sum(0).expand(3, 16))
+
+
 def test_images_that_torch_refuses_are_refused_by_torch() -> None:
     with pytest.raises(RuntimeError, match="Kernel size"):
         StreamConv2d(4, 8, 3).freeze()(torch.randn(1, 4, 2, 2))
+    with pytest.raises(RuntimeError, match="stride"):
+        StreamConv2d(4, 8, 3, 0).freeze()(torch.randn(1, 4, 9, 9))
 
 
 def test_gradients_pass_the_rounding_and_reach_the_scale() -> None:

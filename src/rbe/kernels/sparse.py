@@ -73,10 +73,7 @@ class Sparse:
         """The C++ view, with the scale of the last call."""
         if self._view is None or self._view[0] != scale:
             bias = None if self.bias is None else self.bias * scale
-            kind = _cpu.SparseMatrix if self.columns.dtype == torch.int16 else _cpu.WideSparseMatrix
-            addresses = (self.starts.data_ptr(), self.columns.data_ptr(), self.levels.data_ptr())
-            view = kind(self.shape[0], *addresses, 0 if bias is None else bias.data_ptr(), scale)
-            self._view = scale, bias, view
+            self._view = scale, bias, _matrix(self.starts, self.columns, self.levels, bias, scale)
         return self._view[2]
 
     def matmul(self, x: Tensor, scale: float) -> Tensor:
@@ -91,7 +88,7 @@ class Sparse:
         """Whether `conv2d` can: there is an output, and 32 bits count the numbers of an image."""
         sides = [x.shape[k + 2] + 2 * padding[k] for k in (0, 1)]
         size = x.shape[1] * math.prod(sides[k] + stride[k] for k in (0, 1))
-        return all(sides[k] >= kernel[k] for k in (0, 1)) and min(padding) >= 0 and size < 1 << 31
+        return all(sides[k] >= kernel[k] for k in (0, 1)) and min(padding) >= 0 and min(stride) > 0 and size < 1 << 31
 
     def conv2d(
         self, x: Tensor, scale: float, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
@@ -116,6 +113,34 @@ class Sparse:
         self._native(scale).rows(self.shape[1], index.data_ptr(), len(index), out.data_ptr(), torch.get_num_threads())
         return out
 
-    def decode(self, scale: float) -> Tensor:
-        """The dense matrix, float32."""
-        return self.rows(torch.arange(self.shape[0]), scale)
+    def decode(self, scale: Tensor) -> Tensor:
+        """The dense matrix, float32, the bias as its last column; compilers and torch.func see one operation.
+
+        Args:
+            scale: float32 ().
+        """
+        made: Tensor = _decode(self.starts, self.columns, self.levels, self.bias, scale, self.shape[1])
+        return made
+
+
+def _matrix(
+    starts: Tensor, columns: Tensor, levels: Tensor, bias: Tensor | None, scale: float
+) -> "_cpu.SparseMatrix | _cpu.WideSparseMatrix":
+    kind = _cpu.SparseMatrix if columns.dtype == torch.int16 else _cpu.WideSparseMatrix
+    addresses = (starts.data_ptr(), columns.data_ptr(), levels.data_ptr(), 0 if bias is None else bias.data_ptr())
+    return kind(starts.shape[0] - 1, *addresses, scale)
+
+
+@torch.library.custom_op("rbe::sparse_decode", mutates_args=())
+def _decode(starts: Tensor, columns: Tensor, levels: Tensor, bias: Tensor | None, scale: Tensor, width: int) -> Tensor:
+    index = torch.arange(starts.shape[0] - 1)
+    out = torch.empty(len(index), width)
+    matrix = _matrix(starts, columns, levels, None, float(scale))
+    matrix.rows(width, index.data_ptr(), len(index), out.data_ptr(), torch.get_num_threads())
+    out = out if bias is None else torch.cat((out, (bias * float(scale))[:, None]), 1)
+    return out.to(scale)
+
+
+@_decode.register_fake
+def _(starts: Tensor, columns: Tensor, levels: Tensor, bias: Tensor | None, scale: Tensor, width: int) -> Tensor:
+    return scale.new_empty(starts.shape[0] - 1, width + (bias is not None))

@@ -175,19 +175,19 @@ class Stream(nn.Module):
         if self.trainable:
             rounded: Tensor = _Rounded.apply(self.latent)  # type: ignore[no-untyped-call]
             return rounded * self.log_scale.exp()
-        entries, scale = self._entries(), float(self.scale)
-        whole = entries.decode(scale)
-        if entries.bias is not None:
-            whole = torch.cat((whole, entries.bias[:, None] * scale), 1)
-        return whole.to(self.scale)
+        return self._entries().decode(self.scale)
 
     def _entries(self) -> Sparse:
         """Of a frozen seed: what the open corner has, read once and kept."""
         if self._decoded is None or self._decoded[0] is not self.seed:
-            rows, columns = self.open_shape
-            levels = self.levels[:rows]
-            self._decoded = self.seed, Sparse(levels[:, :columns], levels[:, -1] if self.bias else None)
+            self._decoded = self.seed, self._read()
         return self._decoded[1]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _read(self) -> Sparse:
+        rows, columns = self.open_shape
+        levels = self.levels[:rows]
+        return Sparse(levels[:, :columns], levels[:, -1] if self.bias else None)
 
     def multiplies(self, x: Tensor) -> bool:
         """Whether the layer is frozen and multiplies inputs like x without a dense matrix."""

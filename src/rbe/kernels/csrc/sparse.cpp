@@ -125,6 +125,7 @@ void sparse_conv(const Sparse<Index>& p, const Window& w, const float* x, int64_
             t.run(p, r, table.data(), parts, length, sums);
             for (int64_t i = 0; i < height; i++) std::copy_n(sums + i * wide, width, to + (r * height + i) * width);
         }
+        scratch_rows.trim();
     };
     const auto channel = [&](const float* image, int64_t c, float* parts) {
         take_apart(w, image + c * w.height * w.width, parts + c * strides * high * wide);
