@@ -179,6 +179,8 @@ def pruned(task: Task, *, levels: int, narrow: int = 1) -> nn.Sequential:
 def ours(task: Task) -> nn.Sequential:
     """`outer128` at the blocks of the ratio."""
     blocks = BLOCKS[task.ratio]
+    if seed_bytes(task.ratio) + rest_bytes(HOST) > task.whole:
+        raise ValueError(f"outer128 in blocks of {blocks} does not fit {task.whole} bytes")
 
     def make(k: int, a: int, b: int) -> nn.Module:
         return seeded.Linear(a, b, False, format="outer128", block=blocks[k])
@@ -202,6 +204,8 @@ def printed(task: Task, *, format: str) -> nn.Sequential:
         words = sum(spec.blocks * formats.get(format).words(spec) for spec in specs)
         if 8 * words <= task.whole - rest_bytes(HOST):
             break
+    else:
+        raise ValueError(f"{format} in blocks of 64 does not fit {task.whole} bytes")
     return nn.Sequential(
         *network(HOST, lambda _, a, b: seeded.Linear(a, b, False, format=format, block=block, mode=mode))
     )

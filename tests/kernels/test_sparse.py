@@ -1,6 +1,8 @@
 """Products of sparse levels, tier by tier, against torch's dense ones in float64."""
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -96,9 +98,9 @@ def test_threads_change_nothing() -> None:
 def test_rows_and_the_whole_are_the_levels(rows: int, columns: int) -> None:
     some = levels(rows, columns, 0.1)
     matrix = Sparse(some)
-    assert torch.equal(matrix.decode(torch.tensor(0.5)), some * 0.5)
-    with_bias = Sparse(some, torch.arange(rows) - 2).decode(torch.tensor(2.0))
-    assert torch.equal(with_bias, torch.cat((some, torch.arange(rows)[:, None] - 2), 1) * 2.0)
+    assert torch.equal(matrix.decode(), some.float())
+    with_bias = Sparse(some, torch.arange(rows) - 2).decode()
+    assert torch.equal(with_bias, torch.cat((some, torch.arange(rows)[:, None] - 2), 1).float())
     assert torch.equal(matrix.rows(torch.tensor([3, 0, 3]), 2.0), some[[3, 0, 3]] * 2.0)
     assert matrix.entries == int((some != 0).sum())
     assert matrix.density == matrix.entries / some.numel()
@@ -118,3 +120,44 @@ def test_a_copy_is_a_matrix_of_its_own() -> None:
     again = copy.deepcopy(matrix)
     del matrix
     assert torch.equal(again.matmul(x, 0.5), y)
+
+
+def test_threads_of_python_do_not_disturb_each_other() -> None:
+    torch.manual_seed(0)
+    some, bias, x = levels(64, 80, 0.3), torch.randint(-3, 4, (64,)), torch.randn(3, 80)
+    matrix = Sparse(some, bias)
+    wanted = {scale: matrix.matmul(x, scale) for scale in (0.5, 1.0, 2.0)}
+
+    def work(k: int) -> bool:
+        scale = (0.5, 1.0, 2.0)[k % 3]
+        y = matrix.matmul(x, scale)
+        torch.full((64,), 1e9)  # where freed memory would be used again
+        return torch.equal(y, wanted[scale])
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(work, range(600)))
+    finally:
+        sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_defaults_change_nothing(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    matrix, x, images = Sparse(levels(64, 72, 0.3)), torch.randn(9, 72), torch.randn(2, 8, 5, 5)
+    index = torch.tensor([3, 5])
+
+    def results() -> list[Tensor]:
+        image = matrix.conv2d(images, 1.0, (3, 3), (1, 1), (1, 1))
+        return [matrix.matmul(x, 1.0), matrix.matmul(x[:1], 1.0), image, matrix.rows(index, 1.0), matrix.decode()]
+
+    wanted, before = results(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = results()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))

@@ -1,6 +1,7 @@
 """Layers of a stream against torch's own, in both states, and through files."""
 
 import copy
+import pickle
 from pathlib import Path
 from unittest.mock import patch
 
@@ -107,6 +108,25 @@ def test_compilers_and_transforms_see_frozen_layers() -> None:
     torch.testing.assert_close(torch.vmap(layer)(x), y)
     gradient = torch.func.grad(lambda v: layer(v).sum())(x)
     torch.testing.assert_close(gradient, layer.weight.sum(0).expand(3, 16))
+
+
+def test_unusual_inputs_of_frozen_layers() -> None:
+    layer, table = StreamLinear(16, 8), StreamEmbedding(9, 4)
+    for one in (layer, table):
+        nn.init.normal_(one.latent, std=0.4)
+        one.freeze()
+    x, index = torch.randn(9, 16), torch.tensor([[1, 8], [0, 0]])
+    y, rows = layer(x), table(index)
+    torch.testing.assert_close(layer(torch._neg_view(x)), -y + 2 * layer(torch.zeros(1, 16)))
+    torch.testing.assert_close(layer(torch._efficientzerotensor((9, 16))), layer(torch.zeros(9, 16)))
+    torch.testing.assert_close(torch.compile(table, backend="eager")(index), rows)
+    assert layer(torch.zeros(0, 16)).shape == (0, 8)
+    layer.scale.requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.scale.grad, y.sum() / layer.scale.detach(), rtol=1e-4, atol=1e-4)
+    again = pickle.loads(pickle.dumps(table))
+    torch.testing.assert_close(again(index), rows)
+    assert again._decoded is not table._decoded
 
 
 def test_images_that_torch_refuses_are_refused_by_torch() -> None:

@@ -171,6 +171,25 @@ def test_an_interrupted_run_goes_on_bit_for_bit() -> None:
         assert torch.equal(value, model.state_dict()[name]), name
 
 
+def test_moments_take_the_memory_layout_of_their_parameters() -> None:
+    def model() -> nn.Conv2d:
+        torch.manual_seed(0)
+        return nn.Conv2d(3, 4, 3)
+
+    plain, last = model(), model().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 8, 8)
+    first, second = HybridAdam(plain), HybridAdam(last)
+    for k in range(6):
+        for one, optimizer in ((plain, first), (last, second))[: 1 if k < 3 else 2]:
+            optimizer.zero_grad()
+            one(x).square().mean().backward()
+            optimizer.step()
+        if k == 2:
+            last.load_state_dict(plain.state_dict())
+            second.load_state_dict(copy.deepcopy(first.state_dict()))
+    torch.testing.assert_close(plain.weight, last.weight)
+
+
 def test_signs_held_stay_and_are_the_most_certain() -> None:
     torch.manual_seed(10)
     model = nn.Sequential(Linear(32, 32, format="outer128"), nn.Tanh(), Linear(32, 16, format="outer128"))

@@ -51,12 +51,8 @@ class Sparse:
         narrow = torch.int16 if columns <= NARROW else torch.int32
         self.columns = column[order].to(narrow)
         self.levels = level[order][group[order] % 3 == 2].contiguous()
-        self.bias = None if bias is None else bias.float()
-        self._view: tuple[float, Tensor | None, _cpu.SparseMatrix | _cpu.WideSparseMatrix] | None = None
-
-    def __getstate__(self) -> dict[str, object]:
-        """Copies and files make the C++ view anew."""
-        return {**self.__dict__, "_view": None}
+        self.bias = None if bias is None else bias.to(torch.float32)
+        self._view: _cpu.SparseMatrix | _cpu.WideSparseMatrix | None = None
 
     @property
     def nbytes(self) -> int:
@@ -69,19 +65,23 @@ class Sparse:
         """Share of the matrix that is not 0."""
         return self.entries / (self.shape[0] * self.shape[1])
 
-    def _native(self, scale: float) -> "_cpu.SparseMatrix | _cpu.WideSparseMatrix":
-        """The C++ view, with the scale of the last call."""
-        if self._view is None or self._view[0] != scale:
-            bias = None if self.bias is None else self.bias * scale
-            self._view = scale, bias, _matrix(self.starts, self.columns, self.levels, bias, scale)
-        return self._view[2]
+    @property
+    def _native(self) -> "_cpu.SparseMatrix | _cpu.WideSparseMatrix":
+        """The C++ view, which borrows the tensors' memory; any number of calls may use it at once."""
+        if self._view is None:
+            self._view = _matrix(self.starts, self.columns, self.levels, self.bias)
+        return self._view
 
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and files make the C++ view anew."""
+        return {**self.__dict__, "_view": None}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def matmul(self, x: Tensor, scale: float) -> Tensor:
         """scale * (levels x + bias) of x float32 (n, columns): (n, rows)."""
         (rows, columns), x = self.shape, x.contiguous()
-        y = torch.empty(x.shape[0], rows)
-        threads = torch.get_num_threads()
-        self._native(scale).matmul(columns, x.data_ptr(), x.shape[0], y.data_ptr(), threads)
+        y = _empty(x.shape[0], rows)
+        self._native.matmul(scale, columns, x.data_ptr(), x.shape[0], y.data_ptr(), torch.get_num_threads())
         return y
 
     def convolves(self, x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> bool:
@@ -90,6 +90,7 @@ class Sparse:
         size = x.shape[1] * math.prod(sides[k] + stride[k] for k in (0, 1))
         return all(sides[k] >= kernel[k] for k in (0, 1)) and min(padding) >= 0 and min(stride) > 0 and size < 1 << 31
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def conv2d(
         self, x: Tensor, scale: float, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
     ) -> Tensor:
@@ -101,46 +102,48 @@ class Sparse:
         x = x.contiguous()
         n, *image = x.shape
         sides = ((image[k + 1] + 2 * padding[k] - kernel[k]) // stride[k] + 1 for k in (0, 1))
-        out = torch.empty(n, self.shape[0], *sides)
-        window = (*kernel, *stride, *padding)
-        self._native(scale).conv(image, window, x.data_ptr(), n, out.data_ptr(), torch.get_num_threads())
+        out, window = _empty(n, self.shape[0], *sides), (*kernel, *stride, *padding)
+        self._native.conv(scale, image, window, x.data_ptr(), n, out.data_ptr(), torch.get_num_threads())
         return out
 
     def rows(self, index: Tensor, scale: float) -> Tensor:
         """Rows of scale * levels, float32 (len(index), columns), of int64 (count,)."""
-        index = index.contiguous()
-        out = torch.empty(len(index), self.shape[1])
-        self._native(scale).rows(self.shape[1], index.data_ptr(), len(index), out.data_ptr(), torch.get_num_threads())
-        return out
+        made: Tensor = _rows(self._native, scale, index.contiguous(), self.shape[1])
+        return made
 
-    def decode(self, scale: Tensor) -> Tensor:
-        """The dense matrix, float32, the bias as its last column; compilers and torch.func see one operation.
-
-        Args:
-            scale: float32 ().
-        """
-        made: Tensor = _decode(self.starts, self.columns, self.levels, self.bias, scale, self.shape[1])
+    def decode(self) -> Tensor:
+        """The levels, float32 (rows, columns), the bias as a last column; one operation for compilers."""
+        made: Tensor = _decode(self.starts, self.columns, self.levels, self.bias, self.shape[1])
         return made
 
 
+def _empty(*sides: int) -> Tensor:
+    """Memory for C++, whatever torch's default dtype and device are."""
+    return torch.empty(sides, dtype=torch.float32, device="cpu")
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _rows(matrix: "_cpu.SparseMatrix | _cpu.WideSparseMatrix", scale: float, index: Tensor, columns: int) -> Tensor:
+    out = _empty(len(index), columns)
+    matrix.rows(scale, columns, index.data_ptr(), len(index), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
 def _matrix(
-    starts: Tensor, columns: Tensor, levels: Tensor, bias: Tensor | None, scale: float
+    starts: Tensor, columns: Tensor, levels: Tensor, bias: Tensor | None
 ) -> "_cpu.SparseMatrix | _cpu.WideSparseMatrix":
     kind = _cpu.SparseMatrix if columns.dtype == torch.int16 else _cpu.WideSparseMatrix
     addresses = (starts.data_ptr(), columns.data_ptr(), levels.data_ptr(), 0 if bias is None else bias.data_ptr())
-    return kind(starts.shape[0] - 1, *addresses, scale)
+    return kind(starts.shape[0] - 1, *addresses)
 
 
 @torch.library.custom_op("rbe::sparse_decode", mutates_args=())
-def _decode(starts: Tensor, columns: Tensor, levels: Tensor, bias: Tensor | None, scale: Tensor, width: int) -> Tensor:
-    index = torch.arange(starts.shape[0] - 1)
-    out = torch.empty(len(index), width)
-    matrix = _matrix(starts, columns, levels, None, float(scale))
-    matrix.rows(width, index.data_ptr(), len(index), out.data_ptr(), torch.get_num_threads())
-    out = out if bias is None else torch.cat((out, (bias * float(scale))[:, None]), 1)
-    return out.to(scale)
+def _decode(starts: Tensor, columns: Tensor, levels: Tensor, bias: Tensor | None, width: int) -> Tensor:
+    every = torch.arange(starts.shape[0] - 1, device="cpu")
+    out: Tensor = _rows(_matrix(starts, columns, levels, None), 1.0, every, width)
+    return out if bias is None else torch.cat((out, bias[:, None]), 1)
 
 
 @_decode.register_fake
-def _(starts: Tensor, columns: Tensor, levels: Tensor, bias: Tensor | None, scale: Tensor, width: int) -> Tensor:
-    return scale.new_empty(starts.shape[0] - 1, width + (bias is not None))
+def _(starts: Tensor, columns: Tensor, levels: Tensor, bias: Tensor | None, width: int) -> Tensor:
+    return starts.new_empty(starts.shape[0] - 1, width + (bias is not None), dtype=torch.float32)

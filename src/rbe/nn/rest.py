@@ -31,7 +31,7 @@ class _Tracer(fx.Tracer):
     """Sees layers as wholes, ours too."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (Seeded, *_NORMS)) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (Seeded, Stream, *_NORMS)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def fold_norms(model: nn.Module) -> int:

@@ -147,6 +147,13 @@ class Stream(nn.Module):
         self._decoded = None
         return self
 
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and files read the seed anew."""
+        return {**self.__dict__, "_decoded": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__({**state, "_decoded": None})  # type: ignore[no-untyped-call]
+
     @property
     def sides(self) -> tuple[int, ...]:
         """Shape of the weight as torch's layer has it."""
@@ -175,7 +182,7 @@ class Stream(nn.Module):
         if self.trainable:
             rounded: Tensor = _Rounded.apply(self.latent)  # type: ignore[no-untyped-call]
             return rounded * self.log_scale.exp()
-        return self._entries().decode(self.scale)
+        return self._entries().decode().to(self.scale) * self.scale
 
     def _entries(self) -> Sparse:
         """Of a frozen seed: what the open corner has, read once and kept."""
@@ -189,6 +196,12 @@ class Stream(nn.Module):
         levels = self.levels[:rows]
         return Sparse(levels[:, :columns], levels[:, -1] if self.bias else None)
 
+    def _alone(self, x: Tensor) -> bool:
+        """Whether nobody watches what happens to x and the seed: no autograd, no compiler, no other device."""
+        if torch.compiler.is_compiling() or not unwatched((x, self.seed)) or x._is_zerotensor():
+            return False
+        return not (torch.is_grad_enabled() and (x.requires_grad or self.scale.requires_grad))
+
     def multiplies(self, x: Tensor) -> bool:
         """Whether the layer is frozen and multiplies inputs like x without a dense matrix."""
         return self._fast(x) is not None
@@ -197,9 +210,7 @@ class Stream(nn.Module):
         """What multiplies x without a dense matrix; None where autograd, a compiler or another device watches."""
         if self.trainable or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return None
-        if torch.compiler.is_compiling() or not unwatched((x, self.seed)):
-            return None
-        if x.requires_grad and torch.is_grad_enabled():
+        if not self._alone(x) or x.is_neg():
             return None
         entries = self._entries()
         return entries if entries.density <= DENSE else None
@@ -258,11 +269,16 @@ class StreamLinear(Stream):
         x = x[..., : self.open_shape[1]]
         entries = self._fast(x)
         if entries is not None:
-            y = entries.matmul(x.float().reshape(-1, x.shape[-1]), float(self.scale)).to(x.dtype)
+            y = entries.matmul(x.float().reshape(-1, x.shape[-1]), float(self.scale))
             y = y.view(*x.shape[:-1], self.open_shape[0])
+            y = y if x.dtype == torch.float32 else y.to(x.dtype)
         else:
             y = functional.linear(x, *self.matrix(x.dtype))
-        return y if self.slim else functional.pad(y, (0, self.out_features - self.open_shape[0]))
+        return (
+            y
+            if self.slim or self.open_shape[0] == self.shape[0]
+            else functional.pad(y, (0, self.out_features - self.open_shape[0]))
+        )
 
     def extra_repr(self) -> str:
         """Shapes."""
@@ -306,7 +322,7 @@ class StreamConv2d(Stream):
     @property
     def _window(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """Kernel, stride and padding of both sides."""
-        stride, padding = ((s, s) if isinstance(s, int) else (s[0], s[1]) for s in (self.stride, self.padding))
+        stride, padding = ((s, s) if isinstance(s, int) else (s[0], s[-1]) for s in (self.stride, self.padding))
         return self.kernel_size, stride, padding
 
     @property
@@ -329,7 +345,11 @@ class StreamConv2d(Stream):
             # Of the layouts the processors of today offer, the faster one for few channels.
             x = x.contiguous(memory_format=torch.channels_last)
             y = functional.conv2d(x, kernel, bias, self.stride, self.padding)
-        return y if self.slim else functional.pad(y, (0, 0, 0, 0, 0, self.out_channels - rows))
+        return (
+            y
+            if self.slim or self.open_shape[0] == self.shape[0]
+            else functional.pad(y, (0, 0, 0, 0, 0, self.out_channels - rows))
+        )
 
     def extra_repr(self) -> str:
         """Shapes."""
@@ -386,7 +406,7 @@ class StreamEmbedding(Stream):
         entries = self._fast(x)
         if entries is None:
             return functional.linear(x, self.corner().to(x.dtype))
-        y = entries.matmul(x.float().reshape(-1, x.shape[-1]), float(self.scale))
+        y: Tensor = entries.matmul(x.float().reshape(-1, x.shape[-1]), float(self.scale))
         return y.view(*x.shape[:-1], self.num_embeddings).to(x.dtype)
 
     def extra_repr(self) -> str:

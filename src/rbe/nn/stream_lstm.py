@@ -99,7 +99,9 @@ class StreamLSTM(nn.Module):
 
     def _sparse(self, x: Tensor, h: Tensor, c: Tensor) -> bool:
         """Whether every product touches only what is there, and nothing is dropped."""
-        if x.dtype != torch.float32 or h.requires_grad or c.requires_grad or (self.training and self.dropout):
+        if {x.dtype, h.dtype, c.dtype} != {torch.float32} or not x.numel() or (self.training and self.dropout):
+            return False
+        if torch.is_grad_enabled() and (h.requires_grad or c.requires_grad):
             return False
         layers = [layer for layer in self.children() if isinstance(layer, StreamLinear)]
         return all(layer.multiplies(x) for layer in layers)
@@ -113,7 +115,7 @@ class StreamLSTM(nn.Module):
             for number in range(first, first + directions):
                 part = self.parts[number]
                 gates, times = self.get_submodule(f"ih{part}")(y), range(len(y))
-                state, cell, made = h[number], c[number], torch.empty(*y.shape[:2], self.hidden_size)
+                state, cell, made = h[number], c[number], x.new_empty(*y.shape[:2], self.hidden_size)
                 for t in reversed(times) if number > first else times:
                     i, f, g, o = (gates[t] + self.get_submodule(f"hh{part}")(state)).chunk(GATES, -1)
                     cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()

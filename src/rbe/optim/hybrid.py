@@ -342,7 +342,7 @@ class HybridAdam(Optimizer):
             if "mean" in state and mark.any():
                 state["mean"][mark] = state["square"][mark] = 0
                 # What corrects the bias of young moments is counted from here.
-                state.setdefault("born", torch.zeros(mark.shape))[mark] = state["step"]
+                state.setdefault("born", torch.zeros(mark.shape, device=mark.device))[mark] = state["step"]
             latent = module._parameters.get("latent")
             if latent is not None and "mean" in self.state.get(latent, {}):
                 self.state[latent]["mean"][mark] = 0
@@ -371,6 +371,11 @@ class HybridAdam(Optimizer):
         """Go on exactly where `state_dict` was called."""
         self.generator.set_state(state_dict["generator"])
         super().load_state_dict({name: part for name, part in state_dict.items() if name != "generator"})
+        # The fused step walks through memory: moments must lie in it as their parameters do.
+        for p, state in self.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                    state[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
     def freeze(self) -> None:
         """Pack the seeds of every layer of the model; what is left is what a file holds. The optimizer is then done."""
@@ -482,7 +487,7 @@ class HybridAdam(Optimizer):
 
 def _gradient(p: Tensor) -> Tensor:
     """Of a parameter, flat, in float64; 0 where it has none."""
-    return torch.zeros(p.numel(), dtype=torch.float64) if p.grad is None else p.grad.flatten().double()
+    return p.new_zeros(p.numel(), dtype=torch.float64) if p.grad is None else p.grad.flatten().double()
 
 
 def _open(model: nn.Module) -> Iterator[Seeded]:

@@ -73,7 +73,7 @@ def adam_step(
     first, second = group["betas"]
     count: float | Tensor = states[0]["step"]
     if any("born" in state for state in states):
-        born = [state.get("born", torch.zeros(shape)) for shape, state in zip(shapes, states, strict=True)]
+        born = [state.get("born", gradient.new_zeros(shape)) for shape, state in zip(shapes, states, strict=True)]
         count = count - torch.cat([b.flatten() for b in born])[:, None].to(gradient)
     moments = []
     for name, new, beta in (("mean", gradient, first), ("square", size, second)):

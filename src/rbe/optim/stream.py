@@ -163,7 +163,8 @@ class StreamAdam(torch.optim.Adam):
         if not self.costs and groups[0]["done"]:
             # Latents that have never had a gradient are where they were: their costs are made again, not saved.
             every = [latent for group in groups for latent in group["params"]]
-            self.costs = {p: self.state[p]["cost"] if self.state.get(p) else price(p)[1] for p in every}
+            known = {p: self.state[p].get("cost") for p in every if p in self.state}
+            self.costs = {p: price(p)[1] if known.get(p) is None else known[p] for p in every}
         weigh = groups[0]["done"] % self.every == 0
         for group, (layers, size) in zip(groups, self.parts, strict=True):
             if weigh:

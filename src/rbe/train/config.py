@@ -146,8 +146,8 @@ class Recipe:
         batch: images, windows or sentences a step.
         steps: of an epoch, where it should be less than a pass; 0 is a whole pass.
         lr: highest learning rate of points and dense parameters; one cycle up and down to 0.
-        latent_lr, dense_lr: highest learning rates of latents, and of dense parameters; lr when left out, beside
-            streams a tenth of it for dense parameters.
+        latent_lr, dense_lr: highest learning rates of latents, and of dense parameters; lr when left out, but for
+            dense parameters beside streams, which then have a tenth of the rate of latents.
         method: how points move, see `rbe.optim.HybridAdam`.
         weight_decay, pull, clip_norm: as in `HybridAdam`.
         clip: longest gradient of all parameters together, 0 for any length.

@@ -180,10 +180,10 @@ def _check(path: Path, config: Config) -> None:
         raise RbeError(f"train: {path}: [seeds] blocks is for networks of images; use [[seeds.layer]] patterns")
     if config.train.batch == 1 and data.task == "images" and (model.kind == "resnet20" or model.norm == "batch"):
         raise RbeError(f"train: {path}: [train] batch is 1, of which batch norms learn nothing; give 2 or more")
-    others = {seeds.format, *(layer.format or seeds.format for layer in seeds.layer)} - {"packed64", "packed128"}
-    if seeds.bias == "seed" and others:
+    used = {seeds.format, *(layer.format for layer in seeds.layer if layer.format)}
+    if seeds.bias == "seed" and (used - {"packed64", "packed128", "dense"} or used == {"dense"}):
         raise RbeError(
-            f"train: {path}: [seeds] bias is 'seed', which {', '.join(sorted(others))} cannot be; give true or false, "
+            f"train: {path}: [seeds] bias is 'seed', which {', '.join(sorted(used))} cannot be; give true or false, "
             "or packed64 or packed128 for all matrices"
         )
     if seeds.rows and seeds.format != "stream":
@@ -210,7 +210,7 @@ def _check_stream(path: Path, config: Config, matrices: int) -> None:
         )
     if not seeds.bytes and not any(layer.bytes for layer in seeds.layer):
         raise RbeError(f"train: {path}: [seeds] bytes is missing; with format stream it says how many there may be")
-    if recipe.dense_lr is not None and not recipe.dense_lr > 0:
+    if recipe.dense_lr is not None and not 0 < recipe.dense_lr < math.inf:
         raise RbeError(f"train: {path}: [train] dense_lr is {recipe.dense_lr}; it must be positive")
     if seeds.rows and (len(seeds.rows) != matrices or min(seeds.rows) < 1 or seeds.layer):
         raise RbeError(
@@ -242,7 +242,7 @@ def _check_bits(path: Path, config: Config) -> None:
 
 
 def _check_numbers(path: Path, config: Config) -> None:
-    recipe, model = config.train, config.model
+    recipe, model, held = config.train, config.model, config.data.validation
     positive: dict[str, float] = {"batch": recipe.batch, "flip_temperature": recipe.flip_temperature}
     if recipe.epochs or model.start is None:
         positive["epochs"] = recipe.epochs
@@ -259,7 +259,7 @@ def _check_numbers(path: Path, config: Config) -> None:
     sections += [
         ("model", "dropout", model.dropout, 0 <= model.dropout < 1, "in [0, 1)"),
         ("data", "length", config.data.length, config.data.length > 1, "at least 2"),
-        ("data", "validation", config.data.validation, config.data.validation > 0, "positive"),
+        ("data", "validation", held, held > 0 or config.data.task == "characters", "positive"),
         ("data", "shrink", config.data.shrink, config.data.shrink > 0, "positive"),
         ("data", "shift", config.data.shift, config.data.shift >= 0, "0 or more"),
         ("seeds", "bytes", config.seeds.bytes, config.seeds.bytes >= 0, "0 or more"),

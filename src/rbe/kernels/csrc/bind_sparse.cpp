@@ -14,35 +14,42 @@ T* at(uintptr_t address) {
 }
 
 template <class Index>
+rbe::Sparse<Index> with(const rbe::Sparse<Index>& matrix, float factor) {
+    rbe::Sparse<Index> p = matrix;
+    p.factor = factor;
+    return p;
+}
+
+template <class Index>
 void bind(nb::module_& m, const char* name) {
     using release = nb::call_guard<nb::gil_scoped_release>;
     using rbe::Sparse;
     nb::class_<Sparse<Index>>(m, name, "A sparse matrix of whole numbers, borrowed from tensors that Python keeps.")
         .def("__init__",
              [](Sparse<Index>* self, int64_t rows, uintptr_t starts, uintptr_t columns, uintptr_t levels,
-                uintptr_t bias, float factor) {
+                uintptr_t bias) {
                  new (self) Sparse<Index>{rows, at<const int32_t>(starts), at<const Index>(columns),
-                                          at<const int16_t>(levels), at<const float>(bias), factor};
+                                          at<const int16_t>(levels), at<const float>(bias), 1.0f};
              })
         .def(
             "matmul",
-            [](const Sparse<Index>& self, int64_t columns, uintptr_t x, int64_t n, uintptr_t y, int threads) {
-                rbe::sparse_matmul(self, columns, at<const float>(x), n, at<float>(y), threads);
+            [](const Sparse<Index>& self, float factor, int64_t columns, uintptr_t x, int64_t n, uintptr_t y, int threads) {
+                rbe::sparse_matmul(with(self, factor), columns, at<const float>(x), n, at<float>(y), threads);
             },
             release())
         .def(
             "conv",
-            [](const Sparse<Index>& self, std::array<int64_t, 3> image, std::array<int64_t, 6> window, uintptr_t x,
+            [](const Sparse<Index>& self, float factor, std::array<int64_t, 3> image, std::array<int64_t, 6> window, uintptr_t x,
                int64_t n, uintptr_t out, int threads) {
                 const auto [kernel0, kernel1, stride0, stride1, padding0, padding1] = window;
                 const rbe::Window w{image[0], image[1], image[2], {kernel0, kernel1}, {stride0, stride1}, {padding0, padding1}};
-                rbe::sparse_conv(self, w, at<const float>(x), n, at<float>(out), threads);
+                rbe::sparse_conv(with(self, factor), w, at<const float>(x), n, at<float>(out), threads);
             },
             release())
         .def(
             "rows",
-            [](const Sparse<Index>& self, int64_t columns, uintptr_t index, int64_t count, uintptr_t out, int threads) {
-                rbe::sparse_rows(self, columns, at<const int64_t>(index), count, at<float>(out), threads);
+            [](const Sparse<Index>& self, float factor, int64_t columns, uintptr_t index, int64_t count, uintptr_t out, int threads) {
+                rbe::sparse_rows(with(self, factor), columns, at<const int64_t>(index), count, at<float>(out), threads);
             },
             release());
 }

@@ -17,15 +17,15 @@ struct Sparse {
     const int32_t* starts;  // (rows + 1, 4): of +1, of -1, of the others, and of their levels
     const Index* columns;
     const int16_t* levels;
-    const float* bias;  // (rows,), already times the factor, or null
-    float factor;       // of all sums
+    const float* bias;  // (rows,), as levels are, or null
+    float factor;       // of all sums, set for each call
 };
 
 template <class Index>
 struct SparseTier {
     // One row times x.
     float (*single)(const Sparse<Index>& p, int64_t row, const float* x);
-    // One row times runs: out[k] = factor * sum of level * in[table[column] + k] + bias, k < length.
+    // One row times runs: out[k] = factor * (sum of level * in[table[column] + k] + bias), k < length.
     void (*run)(const Sparse<Index>& p, int64_t row, const int32_t* table, const float* in, int64_t length, float* out);
 };
 

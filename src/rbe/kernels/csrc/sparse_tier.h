@@ -32,7 +32,7 @@ float single(const Sparse<Index>& p, int64_t row, const float* x) {
     }
     if (k < count) a += static_cast<float>(levels[k]) * x[columns[k]];
     sum += a + b;
-    return p.bias ? sum * p.factor + p.bias[row] : sum * p.factor;
+    return (p.bias ? sum + p.bias[row] : sum) * p.factor;
 }
 
 template <int N, class Index>
@@ -54,7 +54,7 @@ inline void strip(const Sparse<Index>& p, int64_t row, const int32_t* table, con
         for (int j = 0; j < N; j++) sum[j] += level * from[j];
     }
     const float bias = p.bias ? p.bias[row] : 0.0f;
-    for (int j = 0; j < N; j++) reinterpret_cast<V*>(out)[j] = sum[j] * p.factor + bias;
+    for (int j = 0; j < N; j++) reinterpret_cast<V*>(out)[j] = (sum[j] + bias) * p.factor;
 }
 
 template <class Index>
