@@ -22,7 +22,7 @@ class Sparse:
     >>> matrix.matmul(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), scale=0.5)
     tensor([[-5., -1.]])
     >>> matrix.entries, matrix.nbytes
-    (4, 64)
+    (4, 60)
 
     Args:
         levels: int16 (rows, columns).
