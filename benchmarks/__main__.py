@@ -27,8 +27,8 @@ LONG = (
     ["headline"],
     *(["trained", "--task", task, "--ratio", "64"] for task in ("mnist", "fashion")),
     # In the whole bytes of the streams above.
-    ["trained", "--ratio", "256", "--whole", "3569", "--tune"],
-    ["trained", "--ratio", "1000", "--whole", "932", "--tune"],
+    ["trained", "--ratio", "256", "--whole", "3569"],
+    ["trained", "--ratio", "1000", "--whole", "932"],
     ["points", "--epochs", "3"],
     ["bits", "--epochs", "2", "--share", "0.5"],
     ["rounds", "--epochs", "12"],
