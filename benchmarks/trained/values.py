@@ -11,6 +11,20 @@ def half(x: Tensor) -> Tensor:
     return x + (x.detach().half().float() - x.detach())
 
 
+def first_step(start: Tensor, bits: int) -> Tensor:
+    """The logarithm of a step for these numbers."""
+    return (2 * start.abs().mean() / 2 ** ((bits - 1) / 2)).log()
+
+
+def on_grid(latent: Tensor, log_step: Tensor, bits: int) -> Tensor:
+    """Numbers of few bits, see `Values`, with gradients straight through."""
+    step, most = half(log_step.exp()), 2 ** (bits - 1)
+    # Beyond the grid a latent has no gradient; within it that of its number.
+    place = (latent / step).clamp(-most, most)
+    code = place.detach().floor().clamp(-most, most - 1) + 0.5
+    return (place + (code - place.detach())) * step
+
+
 class Values(nn.Module):
     """n trained numbers on the grid step * (k + 1/2), -2^(bits-1) <= k < 2^(bits-1); 16 bits are float16.
 
@@ -28,8 +42,7 @@ class Values(nn.Module):
         self.latent = nn.Parameter(start)
         self.step: nn.Parameter | None = None
         if bits < 16:
-            first = 2 * start.abs().mean() / 2 ** ((bits - 1) / 2)
-            self.step = nn.Parameter(first.log())
+            self.step = nn.Parameter(first_step(start, bits))
 
     @property
     def nbytes(self) -> int:
@@ -40,11 +53,7 @@ class Values(nn.Module):
         """The numbers as they are stored."""
         if self.step is None:
             return half(self.latent)
-        step, most = half(self.step.exp()), 2 ** (self.bits - 1)
-        # Beyond the grid a latent has no gradient; within it that of its number.
-        place = (self.latent / step).clamp(-most, most)
-        code = place.detach().floor().clamp(-most, most - 1) + 0.5
-        return (place + (code - place.detach())) * step
+        return on_grid(self.latent, self.step, self.bits)
 
 
 def fitting(nbytes: int, bits: int) -> int:

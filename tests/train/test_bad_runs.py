@@ -43,6 +43,13 @@ def write(tmp_path: Path) -> Write:
     return make
 
 
+def test_a_run_that_nothing_would_choose(write: Write) -> None:
+    path = write()
+    path.write_text(path.read_text().replace("validation = 20", "validation = 0"))
+    with pytest.raises(RbeError, match="validation is 0; it must be positive"):
+        load_config(path)
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [

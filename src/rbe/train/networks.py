@@ -13,7 +13,7 @@ from rbe.train.planting import matrices, plant
 _KINDS: dict[str, Callable[[Config], nn.Module]] = {
     "mlp": pictures.mlp,
     "lenet5": pictures.lenet5,
-    "resnet20": lambda config: pictures.ResNet20(config.model.width),
+    "resnet20": lambda config: pictures.ResNet20(16 * config.model.width),
     "lstm": lambda config: texts.CharacterLSTM(config.model),
     "transformer": lambda config: texts.Translator(config.model),
     "gpt": texts.Gpt,

@@ -63,19 +63,19 @@ class Residual(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """Three stages of three residual blocks for 32x32 images, `width` times as wide as published.
+    """Three stages of three residual blocks for 32x32 images; published with 16 channels in the first stage.
 
     Source: K. He et al., arXiv 1512.03385, section 4.2, with shortcuts without weights.
     """
 
-    def __init__(self, width: int = 1, classes: int = 10) -> None:
+    def __init__(self, channels: int = 16, classes: int = 10) -> None:
         super().__init__()
-        channels = 16 * width
         self.conv = nn.Conv2d(3, channels, 3, 1, 1, bias=False)
         self.norm = nn.BatchNorm2d(channels)
         blocks = []
+        first = channels
         for stage in range(3):
-            outputs = 16 * width << stage
+            outputs = first << stage
             for k in range(3):
                 blocks.append(Residual(channels, outputs, 2 if stage and not k else 1))
                 channels = outputs
