@@ -74,7 +74,9 @@ ROWS = (
 
 def say(name: str) -> Callable[[Progress], None]:
     def tell(p: Progress) -> None:
-        line = f"{name}: epoch {p.epoch}/{p.epochs}, loss {p.loss:.4f}, best {p.best:.4f}, {p.left / 60:.0f} min left"
+        best = "none" if p.best is None else f"{p.best:.4f}"
+        at = f"epoch {p.epoch + p.step / p.steps:.2f}/{p.epochs}"
+        line = f"{name}: {at}, loss {p.loss:.4f}, best {best}, {p.left / 60:.0f} min left"
         print(line, file=sys.stderr, flush=True)
 
     return tell

@@ -127,7 +127,7 @@ def run(
     out = plan.place / label
 
     def tell(p: Progress) -> None:
-        if p.epoch % 5 == 0:
+        if p.epoch % 5 == 0 and p.validation is not None:
             say(f"{label}: {p.epoch}, validation {100 * p.validation:.2f} %, {p.left:.0f} s left")
 
     result = train(_config(plan, label, recipe, epochs, method.seeds(task)), out, tell, build=build)

@@ -199,8 +199,9 @@ def render_training(
     cards: Sequence[tuple[str, str]],
     plots: Sequence[Curves],
     facts: Sequence[tuple[str, str]] = (),
+    live: bool = False,
 ) -> str:
-    """The page of a training run.
+    """The page of a training run; a live one is read anew by the browser every half minute.
 
     >>> page = render_training("a run", [("98.1 %", "best")], [Curves("loss", {"training": [2.0, 1.0]}, log=True)])
     >>> "a run" in page, "<svg" in page, "<script" in page
@@ -234,14 +235,22 @@ def render_training(
             axis.spines[side].set_visible(False)
     sections = [_section("Epoch by epoch", _svg(figure, "curves of the run"))] if kept else []
     sections += [_section("About this run", _facts(facts))] if facts else []
-    return _page(title, "rbe train", title, cards, sections)
+    return _page(title, "rbe train", title, cards, sections, live)
 
 
-def _page(name: str, over: str, title: str, cards: Sequence[tuple[str, str]], sections: Sequence[str]) -> str:
+def _page(
+    name: str,
+    over: str,
+    title: str,
+    cards: Sequence[tuple[str, str]],
+    sections: Sequence[str],
+    live: bool = False,
+) -> str:
+    refresh = '<meta http-equiv="refresh" content="30">' if live else ""
     head = "".join(f"<div class=card><b>{escape(v)}</b><span>{escape(c)}</span></div>" for v, c in cards)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">{refresh}'
         f"<title>{escape(name)}</title><style>{_STYLE}</style></head>\n<body><main>"
         f"<header><p class=over>{escape(over)}</p><h1>{escape(title)}</h1></header>"
         f"<div class=cards>{head}</div>\n{''.join(sections)}</main></body></html>\n"

@@ -1,7 +1,6 @@
 """Training runs from a configuration: what they refuse, that they learn, resume exactly and count every byte."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from run_cases import QUICK, STREAM, Stopped, Write
 from torch import nn
 
 import rbe
@@ -21,40 +21,6 @@ from rbe.train import Config, Epoch, Progress, data, load, load_config, train
 from rbe.train.data import shifted
 from rbe.train.networks import build, sizes
 from rbe.train.run import CHECKPOINT, RESULT, accuracy
-
-Write = Callable[..., Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Write a small problem, four classes of bright quadrants, and a configuration for it."""
-    rng = np.random.default_rng(0)
-
-    def images(n: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-        y = rng.integers(0, 4, n)
-        x = rng.integers(0, 120, (n, side, side))
-        half = side // 2
-        for k in range(n):
-            x[k, half * (y[k] // 2) :, half * (y[k] % 2) :][:half, :half] += 90
-        return x.astype(np.uint8), y.astype(np.uint8)
-
-    def make(text: str = "", side: int = 8) -> Path:
-        parts = [*images(600, side), *images(200, side)]
-        np.savez(tmp_path / "data.npz", **dict(zip(("x_train", "y_train", "x_test", "y_test"), parts, strict=True)))
-        path = tmp_path / "run.toml"
-        base = "[data]\npath = 'data.npz'\nvalidation = 100\n"
-        base += f"[model]\nwidths = [{side * side}, 32, 4]\n" if "[model]" not in text else ""
-        path.write_text(base + text)
-        return path
-
-    return make
-
-
-QUICK = "[train]\nepochs = 4\nbatch = 50\nlr = 0.02\nflip_every = 4\n"
-
-
-STREAM = "[model]\nwidths = [64, 32, 4]\nnorm = 'none'\n[seeds]\nformat = 'stream'\nbytes = 90\n"
-STREAM += "[train]\nepochs = 8\nbatch = 50\nlr = 0.05\n"
 
 
 @pytest.mark.parametrize("seeds", ["", "[seeds]\nformat = 'packed128'\n", "[seeds]\nformat = 'dense'\n", STREAM])
@@ -221,29 +187,6 @@ def test_the_rest_is_counted_as_it_is_stored_where_some_matrices_are_dense(
     assert result.seed_bytes == seeds + 2 * dense
     assert result.bytes > result.seed_bytes
     assert result.ratio == 4 * result.weights / result.seed_bytes
-
-
-class Stopped(Exception):
-    pass
-
-
-def test_an_interrupted_run_ends_as_if_nothing_had_happened(write: Write, tmp_path: Path) -> None:
-    config = load_config(write("[seeds]\nformat = 'packed128'\nblock = 8\n" + QUICK))
-    whole = train(config, tmp_path / "whole")
-
-    def stop(p: object) -> None:
-        raise Stopped
-
-    for _ in range(2):
-        with pytest.raises(Stopped):
-            train(config, tmp_path / "part", stop)
-        assert (tmp_path / "part" / CHECKPOINT).exists()
-    result = train(config, tmp_path / "part")
-    assert replace(result, seconds=0) == replace(whole, seconds=0)
-    one, two = load(tmp_path / "whole").state_dict(), load(tmp_path / "part").state_dict()
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert train(config, tmp_path / "part") == result  # a finished run is read, not made again
-    assert not (tmp_path / "part" / CHECKPOINT).exists()
 
 
 def test_three_phases_leave_signs_alone_at_both_ends(write: Write, tmp_path: Path) -> None:

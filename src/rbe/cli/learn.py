@@ -27,9 +27,11 @@ def train(config: Path, output: Path | None, restart: bool, as_json: bool) -> No
     page = _Page(settings, folder)
 
     def tell(p: Progress) -> None:
+        where = f"epoch {p.epoch + 1}/{p.epochs}, step {p.step}/{p.steps}" if p.step else f"epoch {p.epoch}/{p.epochs}"
+        reached = "" if p.step else f"validation {_shown(p.metric, p.validation)}  "
         console.print(
-            f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.4f}  validation {_shown(p.metric, p.validation)}  "
-            f"best {_shown(p.metric, p.best)}  {show.short(p.seconds)}, {show.short(p.left)} left"
+            f"{where}  loss {p.loss:.4f}  {reached}best {_shown(p.metric, p.best)}  {show.short(p.seconds)}, "
+            f"{show.short(p.left)} left"
         )
         complaint = page.update(p)
         if complaint:
@@ -49,7 +51,9 @@ def train(config: Path, output: Path | None, restart: bool, as_json: bool) -> No
     show.table(settings.name, ["", "", ""], _results(result, folder), left=(0, 2))
 
 
-def _shown(metric: str, value: float) -> str:
+def _shown(metric: str, value: float | None) -> str:
+    if value is None:
+        return "none yet"
     factor, decimals, unit = _FORMS[metric]
     return f"{factor * value:.{decimals}f}{unit}"
 
@@ -73,7 +77,7 @@ def _results(result: Result, folder: Path) -> list[list[str]]:
 
 
 class _Page:
-    """The report of a run, written anew after every epoch."""
+    """The report of a run, written anew with every line of progress."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.path, self.gave_up = config, folder / PAGE, False
@@ -111,12 +115,13 @@ class _Page:
         cards = [
             *outcome,
             (_shown(p.metric, p.best), "best on validation"),
-            (f"{p.epoch} / {p.epochs}", "epochs"),
+            (f"{p.epoch} / {p.epochs}", f"epochs, {p.step} of {p.steps} steps" if p.step else "epochs"),
             (show.short(p.seconds), f"{show.short(p.left)} left"),
         ]
         facts = [(key, json.dumps(part)) for key, part in self.config.to_json().items()]
         try:
-            self.path.write_text(report.render_training(self.config.name, cards, plots, facts), encoding="utf-8")
+            page = report.render_training(self.config.name, cards, plots, facts, live=not outcome)
+            self.path.write_text(page, encoding="utf-8")
         except (RbeError, OSError) as cause:
             self.gave_up = True
             return f"no {PAGE}: {cause}"

@@ -3,7 +3,8 @@
 from rbe.train.budget import Share
 from rbe.train.config import Config
 from rbe.train.reading import load_config
-from rbe.train.run import Epoch, Progress, Result, train
+from rbe.train.result import Epoch, Progress, Result
+from rbe.train.run import train
 from rbe.train.store import load
 
 __all__ = ["Config", "Epoch", "Progress", "Result", "Share", "load", "load_config", "train"]

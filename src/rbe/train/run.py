@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rbe.train.config import Config
 from rbe.train.images import Pictures, accuracy
 from rbe.train.language import Language
 from rbe.train.planting import start
+from rbe.train.result import Epoch, Progress, Result
 from rbe.train.store import CHECKPOINT, RESULT, WEIGHTS, Build, load
 from rbe.train.task import NOTHING, Batch, Task
 from rbe.train.translation import Translation
@@ -31,6 +32,8 @@ __all__ = ["CHECKPOINT", "RESULT", "WEIGHTS", "Build", "Epoch", "Progress", "Res
 
 # After this share of the steps discrete bits stay: the rest polishes what they are.
 SETTLED = 0.75
+# Seconds between two checkpoints, and two lines of progress, within an epoch.
+EVERY = 120.0
 # Batches of training examples that the statistics of batch norms are taken from, after every epoch.
 NORM_BATCHES = 40
 
@@ -40,100 +43,6 @@ TASKS: dict[str, type[Task]] = {
     "translation": Translation,
     "language": Language,
 }
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What an epoch came to.
-
-    Attributes:
-        loss: mean over the epoch; validation: the metric after it.
-        turned: share of the signs that differ from those at the beginning; None where there are none.
-        rates: learning rates at its end, by role.
-    """
-
-    loss: float
-    validation: float
-    turned: float | None
-    rates: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is.
-
-    Attributes:
-        epoch, epochs: done, and in all.
-        loss: mean over the epoch.
-        validation: the metric after it, accuracy in [0, 1]; best: so far.
-        seconds: of all sessions of this run; left: forecast.
-        metric: its name.
-        history: of all epochs.
-    """
-
-    epoch: int
-    epochs: int
-    loss: float
-    validation: float
-    best: float
-    seconds: float
-    left: float
-    metric: str
-    history: tuple[Epoch, ...]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run came to.
-
-    Attributes:
-        name: of the run.
-        metric: "accuracy" in [0, 1], "bits_per_character", "bleu" or "perplexity".
-        value: of the metric on the test split, of the epoch that was best on validation.
-        validation: the metric there.
-        epoch: the best one.
-        weights: of the matrices.
-        seed_bytes, bytes: of the seeds; of everything that is stored.
-        ratio: 4 weights / seed_bytes, against float32; whole_ratio: the same with all bytes on both sides.
-        seconds: of training.
-        curve: the validation metric by epoch.
-        plan: what each matrix got, where a number of bytes was divided.
-    """
-
-    name: str
-    metric: str
-    value: float
-    validation: float
-    epoch: int
-    weights: int
-    seed_bytes: int
-    bytes: int
-    ratio: float
-    whole_ratio: float
-    seconds: float
-    curve: tuple[float, ...]
-    plan: tuple[Share, ...] = ()
-
-    @property
-    def accuracy(self) -> float:
-        """The value, for runs whose metric is accuracy."""
-        return self.value
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready; the metric stands also under its own name."""
-        return {
-            **asdict(self),
-            "curve": list(self.curve),
-            "plan": [asdict(s) for s in self.plan],
-            self.metric: self.value,
-        }
-
-    @classmethod
-    def from_json(cls, about: dict[str, Any]) -> "Result":
-        """The inverse of `to_json`."""
-        known = {k: v for k, v in about.items() if k in cls.__dataclass_fields__}
-        plan = tuple(Share(**share) for share in known.pop("plan", ()))
-        return cls(**{**known, "curve": tuple(known["curve"]), "plan": plan})
 
 
 def train(
@@ -149,7 +58,7 @@ def train(
     Args:
         config: the run; its name tells apart what was built differently.
         out: folder for checkpoint, result and the trained model (frozen seeds, `model.pt`, a state dict).
-        tell: called after every epoch.
+        tell: called after every epoch, and within one every two minutes.
         restart: throw away what is in the folder.
         build: makes the network in place of `networks.build`, for layers that are no seeds; a layer of its own kind
             has a method `stored`, see `networks.sizes`.
@@ -193,11 +102,15 @@ def train(
         raise RbeError(f"train: {out} cannot be made ({cause.strerror}); choose another folder") from cause
     if not config.train.epochs:
         run.judge(0.0)
-    while not run.done:
-        run.epoch()
+
+    def pause() -> None:
         store.write(out / CHECKPOINT, lambda path: torch.save({"identity": identity, **run.state()}, path))
         if tell is not None:
             tell(run.progress)
+
+    while not run.done:
+        run.epoch(pause)
+        pause()
     return _finish(run, out, identity)
 
 
@@ -254,6 +167,8 @@ class _Run:
         self.best: dict[str, Tensor] = {}
         self.best_epoch = -1
         self.seconds = 0.0
+        # Steps of the epoch that is under way, the sum of their losses, and the draws that its batches began with.
+        self.step, self.total, self.drawn = 0, 0.0, self.generator.get_state()
         self.signs = _signs(model)
 
     @property
@@ -268,11 +183,20 @@ class _Run:
 
     @property
     def progress(self) -> Progress:
-        done, epochs = len(self.history), self.config.train.epochs
-        left = self.seconds / done * (epochs - done)
-        best, last = self.curve[self.best_epoch], self.history[-1]
+        whole, epochs = len(self.history), self.config.train.epochs
+        done = whole + self.step / self.steps
         return Progress(
-            done, epochs, last.loss, last.validation, best, self.seconds, left, self.task.metric, tuple(self.history)
+            epoch=whole,
+            epochs=epochs,
+            step=self.step,
+            steps=self.steps,
+            loss=self.total / self.step if self.step else self.history[-1].loss,
+            validation=self.curve[-1] if whole else None,
+            best=self.curve[self.best_epoch] if self.best_epoch >= 0 else None,
+            seconds=self.seconds,
+            left=self.seconds / done * (epochs - done),
+            metric=self.task.metric,
+            history=tuple(self.history),
         )
 
     def state(self) -> dict[str, Any]:
@@ -280,7 +204,9 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "generator": self.generator.get_state(),
+            "generator": self.drawn,
+            "step": self.step,
+            "total": self.total,
             "torch": torch.get_rng_state(),
             "history": [asdict(epoch) for epoch in self.history],
             "signs": self.signs,
@@ -302,17 +228,23 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["generator"])
+        self.drawn, self.step, self.total = state["generator"], state.get("step", 0), state.get("total", 0.0)
         torch.set_rng_state(state["torch"])
         self.history = [Epoch(**epoch) for epoch in state["history"]]
         self.signs, self.best = state["signs"], state["best"]
         self.best_epoch, self.seconds = state["best_epoch"], state["seconds"]
 
-    def epoch(self) -> None:
-        """One pass over the training examples, then validation."""
+    def epoch(self, pause: Callable[[], object] = lambda: None) -> None:
+        """One pass over the training examples, or what is left of it, then validation.
+
+        Args:
+            pause: called now and then, at a point from which the run can go on.
+        """
         recipe, began = self.config.train, time.monotonic()
         self.model.train()
-        total = 0.0
-        for k, batch in enumerate(islice(self.task.batches(self.generator), self.steps)):
+        batches = self.task.batches(self.generator)
+        # What an interrupted run had learned from is drawn once more and let go.
+        for k, batch in islice(enumerate(batches), self.step, self.steps):
             hints = None
             if self.teacher is not None:
                 with torch.no_grad(), self._products():
@@ -329,14 +261,24 @@ class _Run:
                 nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
             self.optimizer.step()
             self.schedule.step()
-            total += value.item()
+            self.total += value.item()
             step = len(self.history) * self.steps + k
             self._turn(step, loss)
             self._enter(step + 1)
-        if not math.isfinite(total):
-            raise RbeError(f"train: the loss of epoch {len(self.history) + 1} is no number; lower [train] lr")
-        self.judge(total / self.steps)
+            self.step = k + 1
+            if self.step < self.steps and time.monotonic() - began > EVERY:
+                self._check_loss()
+                self.seconds += time.monotonic() - began
+                pause()
+                began = time.monotonic()
+        self._check_loss()
+        loss_mean, self.step, self.total, self.drawn = self.total / self.steps, 0, 0.0, self.generator.get_state()
+        self.judge(loss_mean)
         self.seconds += time.monotonic() - began
+
+    def _check_loss(self) -> None:
+        if not math.isfinite(self.total):
+            raise RbeError(f"train: the loss of epoch {len(self.history) + 1} is no number; lower [train] lr")
 
     def judge(self, loss: float) -> None:
         """Validate, and keep the network if none was better."""

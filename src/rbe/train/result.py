@@ -1,0 +1,104 @@
+"""What a run says of itself: after every epoch, now and then within one, and at its end."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rbe.train.budget import Share
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch came to.
+
+    Attributes:
+        loss: mean over the epoch; validation: the metric after it.
+        turned: share of the signs that differ from those at the beginning; None where there are none.
+        rates: learning rates at its end, by role.
+    """
+
+    loss: float
+    validation: float
+    turned: float | None
+    rates: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        epoch, epochs: done, and in all.
+        step, steps: done of the epoch after it, and of every epoch; 0 when an epoch has just ended.
+        loss: mean over the steps so far of this epoch, or of the one that has ended.
+        validation: the metric after the last whole epoch, accuracy in [0, 1]; None before.
+        best: so far, of networks that could be kept; None while there is none.
+        seconds: of all sessions of this run; left: forecast.
+        metric: its name.
+        history: of all whole epochs.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    validation: float | None
+    best: float | None
+    seconds: float
+    left: float
+    metric: str
+    history: tuple[Epoch, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        name: of the run.
+        metric: "accuracy" in [0, 1], "bits_per_character", "bleu" or "perplexity".
+        value: of the metric on the test split, of the epoch that was best on validation.
+        validation: the metric there.
+        epoch: the best one.
+        weights: of the matrices.
+        seed_bytes, bytes: of the seeds; of everything that is stored.
+        ratio: 4 weights / seed_bytes, against float32; whole_ratio: the same with all bytes on both sides.
+        seconds: of training.
+        curve: the validation metric by epoch.
+        plan: what each matrix got, where a number of bytes was divided.
+    """
+
+    name: str
+    metric: str
+    value: float
+    validation: float
+    epoch: int
+    weights: int
+    seed_bytes: int
+    bytes: int
+    ratio: float
+    whole_ratio: float
+    seconds: float
+    curve: tuple[float, ...]
+    plan: tuple[Share, ...] = ()
+
+    @property
+    def accuracy(self) -> float:
+        """The value, for runs whose metric is accuracy."""
+        return self.value
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready; the metric stands also under its own name."""
+        return {
+            **asdict(self),
+            "curve": list(self.curve),
+            "plan": [asdict(s) for s in self.plan],
+            self.metric: self.value,
+        }
+
+    @classmethod
+    def from_json(cls, about: dict[str, Any]) -> "Result":
+        """The inverse of `to_json`."""
+        known = {k: v for k, v in about.items() if k in cls.__dataclass_fields__}
+        plan = tuple(Share(**share) for share in known.pop("plan", ()))
+        return cls(**{**known, "curve": tuple(known["curve"]), "plan": plan})
