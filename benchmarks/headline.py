@@ -101,12 +101,16 @@ def line(row: Row, results: Sequence[Result], dense: Result) -> str:
     values = [r.value for r in results]
     mean = statistics.mean(values)
     spread = ", ".join(f"{factor * v:.{decimals}f}" for v in values) if len(values) > 1 else ""
-    first = results[0]
+    # Of several runs the largest.
+    largest = max(results, key=lambda r: r.bytes)
+    of_seeds = [part for part in largest.parts if part.format != "dense"]
+    mixed = len(largest.parts) > 1 and of_seeds
+    shown = [(part.bytes, part.ratio) for part in of_seeds] if mixed else [(largest.seed_bytes, largest.ratio)]
     cells = (
         f"{row.task} (`{row.seeds}`)",
-        f"{first.seed_bytes:,}",
-        f"{first.bytes:,}",
-        f"{first.ratio:.0f}:1",
+        " + ".join(f"{size:,}" for size, _ in shown),
+        f"{largest.bytes:,}",
+        ", ".join(f"{ratio:.0f}:1" for _, ratio in shown),
         f"{factor * mean:.{decimals}f}" + (f" ({spread})" if spread else ""),
         f"{factor * dense.value:.{decimals}f}",
         row.claim,

@@ -120,3 +120,8 @@ def test_patterns() -> None:
 def test_pixels_of_a_row_go_together_where_a_picture_is_square(columns: int, cells: int) -> None:
     network = plant(nn.Sequential(nn.Linear(columns, 8), nn.Linear(8, 4)), Seeds(format="stream", bytes=600))
     assert network[0].cells == cells and network[1].cells == 1
+
+
+def test_the_forecast_knows_of_stages() -> None:
+    weight = torch.randn(64, 64)
+    assert budget._lost(weight, 16, 2) < 0.95 * budget._lost(weight, 16, 1)

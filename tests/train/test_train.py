@@ -17,7 +17,7 @@ from rbe.cli import learn, work
 from rbe.errors import RbeError
 from rbe.nn import Seeded, StreamLinear
 from rbe.optim import HybridAdam
-from rbe.train import Config, Epoch, Progress, data, load, load_config, train
+from rbe.train import Config, Epoch, Progress, Result, data, load, load_config, train
 from rbe.train.data import shifted
 from rbe.train.networks import build, sizes
 from rbe.train.run import CHECKPOINT, RESULT, accuracy
@@ -185,6 +185,12 @@ def test_the_rest_is_counted_as_it_is_stored_where_some_matrices_are_dense(
     assert dense
     assert seeds
     assert result.seed_bytes == seeds + 2 * dense
+    assert {(p.pattern, p.format, p.bytes) for p in result.parts} == {
+        ("linear1" if other == "outer128" else "", "outer128", seeds),
+        ("linear1" if other == "dense" else "", "dense", 2 * dense),
+    }
+    assert sum(p.weights for p in result.parts) == result.weights
+    assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result
     assert result.bytes > result.seed_bytes
     assert result.ratio == 4 * result.weights / result.seed_bytes
 

@@ -67,10 +67,19 @@ def _rows(shares: Sequence[Share]) -> list[list[str]]:
 
 def _results(result: Result, folder: Path) -> list[list[str]]:
     metric = result.metric.replace("_", " ")
+    parts = [
+        [
+            f"{part.format} {part.pattern}".strip(),
+            f"{part.bytes:,} bytes",
+            f"{part.ratio:.1f}:1 of {part.weights:,} weights",
+        ]
+        for part in result.parts
+    ]
     return [
         [f"test {metric}", _shown(result.metric, result.value), f"epoch {result.epoch}, best on validation"],
         ["validation", _shown(result.metric, result.validation), ""],
         ["seeds", f"{result.seed_bytes:,} bytes", f"{result.ratio:.1f}:1 against float32"],
+        *(parts if len(parts) > 1 else ()),
         ["whole model", f"{result.bytes:,} bytes", f"{result.whole_ratio:.1f}:1; scales, biases and norms counted"],
         ["time", show.short(result.seconds), str(folder)],
     ]

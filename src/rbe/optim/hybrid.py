@@ -61,7 +61,7 @@ class HybridAdam(Optimizer):
         weight_decay: decoupled, of the dense parameters only.
         pull: lambda of the penalty lambda artanh(r)^2 on every point.
         latent_limit: latents are kept in [-limit, limit], so that a sign can turn again.
-        clip_norm: longest gradient of all the seeds together; None does not clip.
+        clip_norm: longest gradient of all the seeds together, the pull's included; None does not clip.
         clip_value: largest component of a point's gradient instead; the paper has 0.1.
         seed: of the draws of `flip` and `beam`.
 
@@ -187,14 +187,18 @@ class HybridAdam(Optimizer):
         Source: Poincare-ball learning, sections 4.3.2, 4.3.3, 4.4.3 and 4.5.3, with the sign of both softmax and
         entropy put right.
         """
-        if not 0 < share <= 1 or not temperature > 0 or not tolerance >= 0 or not variety >= 0:
+        _check_options("flip", share=share, tolerance=tolerance)
+        if not temperature > 0 or not variety >= 0:
             raise RbeError(
-                f"flip: share {share} is in (0, 1], temperature {temperature} positive, tolerance {tolerance} and "
-                f"variety {variety} 0 or more"
+                f"flip: temperature is {temperature}, variety {variety}; give a positive one, and 0 or more for variety"
             )
         modules = [m for m in _open(self.model) if m.spec.format != "packed64"]
         if not modules:
             raise RbeError("flip: no open layer has discrete bits; packed128 and outer128 have")
+        if variety and all(m.spec.format != "packed128" for m in modules):
+            raise RbeError(
+                f"flip: variety is {variety}, but no open layer has the quadrants of packed128; leave it out"
+            )
         propose = partial(
             transitions.draw,
             generator=self.generator,
@@ -247,11 +251,9 @@ class HybridAdam(Optimizer):
 
         Source: Poincare-ball learning, sections 4.3.2.3 and 4.3.3.
         """
-        if not 0 < share <= 1 or width < 1 or rounds < 1 or not tolerance >= 0:
-            raise RbeError(
-                f"beam: share {share} is in (0, 1], width {width} and rounds {rounds} at least 1, tolerance "
-                f"{tolerance} 0 or more"
-            )
+        _check_options("beam", share=share, tolerance=tolerance)
+        if width < 1 or rounds < 1:
+            raise RbeError(f"beam: width is {width}, rounds {rounds}; give at least 1 of each")
         modules = [m for m in _open(self.model) if m.spec.format == "packed128"]
         if not modules:
             raise RbeError("beam: no open layer is of packed128, whose fields are searched; outer128 has flip()")
@@ -302,8 +304,10 @@ class HybridAdam(Optimizer):
         the rest make up for it.
         """
         latents = [p for group in self.param_groups if group["role"] == "latent" for p in group["params"]]
-        if not 0 <= share <= 1 or not latents:
-            raise RbeError(f"hold: share {share} must be in [0, 1], and the model needs open layers of outer128")
+        if not 0 <= share <= 1:
+            raise RbeError(f"hold: share is {share}; give a number in [0, 1]")
+        if not latents:
+            raise RbeError("hold: no open layer has latents, whose signs are held; outer128 has")
         held = 0
         for p in latents:
             state, count = self._moments(p), round(share * p.numel())
@@ -352,6 +356,8 @@ class HybridAdam(Optimizer):
     def _undisturbed(self) -> Iterator[None]:
         """Put gradients, and the buffers that a forward pass changes, back as they were."""
         grads = {p: p.grad for group in self.param_groups for p in group["params"]}
+        # DistributedDataParallel may have gradients that are parts of its buckets, which trials write to.
+        values = {p: grad.clone() for p, grad in grads.items() if grad is not None}
         own = {id(b) for m in self.model.modules() if isinstance(m, Seeded) for b in m._buffers.values()}
         buffers = {b: b.clone() for b in self.model.buffers() if id(b) not in own}
         self.zero_grad(set_to_none=True)
@@ -359,7 +365,7 @@ class HybridAdam(Optimizer):
             yield
         finally:
             for p, grad in grads.items():
-                p.grad = grad
+                p.grad = None if grad is None else grad.copy_(values[p])
             for b, value in buffers.items():
                 b.copy_(value)
 
@@ -386,14 +392,11 @@ class HybridAdam(Optimizer):
         """The factor that brings the seeds' gradients down to the longest allowed."""
         if self.clip_norm is None:
             return 1.0
-        grads = [
-            p.grad
-            for g in self.param_groups
-            if g["role"] in ("point", "latent")
-            for p in g["params"]
-            if p.grad is not None
+        latents = [
+            p.grad for g in self.param_groups if g["role"] == "latent" for p in g["params"] if p.grad is not None
         ]
-        total = float(nn.utils.get_total_norm(grads))
+        points = [part for one in self.points for part in self._wanted([one])]
+        total = float(nn.utils.get_total_norm([*latents, *points]))
         return min(1.0, self.clip_norm / total) if total > 0 else 1.0
 
     def _moments(self, p: Tensor) -> dict[str, Any]:
@@ -460,13 +463,19 @@ class HybridAdam(Optimizer):
         for some in alike.values():
             self._move(some, group, factor)
 
+    def _wanted(self, some: list[Points]) -> tuple[Tensor, Tensor]:
+        """Gradients by all radii and angles of some modules, flat, in float64; those of the pull included."""
+        outward, around = (torch.cat([_gradient(getattr(one, n)) for one in some]) for n in ("radius", "angle"))
+        if self.pull:
+            radius = torch.cat([one.radius.flatten() for one in some]).double()
+            outward = outward + 2 * self.pull * torch.atanh(radius) / disk.radial_gap(radius)
+        return outward, around
+
     def _move(self, some: list[Points], group: dict[str, Any], factor: float) -> None:
         radius, angle = (torch.cat([getattr(one, n).flatten() for one in some]).double() for n in ("radius", "angle"))
-        outward, around = (torch.cat([_gradient(getattr(one, n)) for one in some]) for n in ("radius", "angle"))
+        outward, around = self._wanted(some)
         if factor != 1.0:
             outward, around = outward * factor, around * factor
-        if self.pull:
-            outward = outward + 2 * self.pull * torch.atanh(radius) / disk.radial_gap(radius)
         if self.clip_value is not None:
             outward, around = (g.clamp(-self.clip_value, self.clip_value) for g in (outward, around))
         states, shapes = [self.state[one.radius] for one in some], [one.radius.shape for one in some]
@@ -488,6 +497,13 @@ class HybridAdam(Optimizer):
 def _gradient(p: Tensor) -> Tensor:
     """Of a parameter, flat, in float64; 0 where it has none."""
     return p.new_zeros(p.numel(), dtype=torch.float64) if p.grad is None else p.grad.flatten().double()
+
+
+def _check_options(what: str, share: float, tolerance: float) -> None:
+    if not 0 < share <= 1:
+        raise RbeError(f"{what}: share is {share}; give a number in (0, 1]")
+    if not tolerance >= 0:
+        raise RbeError(f"{what}: tolerance is {tolerance}; give 0 or more")
 
 
 def _open(model: nn.Module) -> Iterator[Seeded]:

@@ -120,7 +120,7 @@ def plan(config: Config, task: Task, teacher: nn.Module | None) -> tuple[Share, 
             Choice(
                 edge,
                 8 * spec.blocks * formats.get(made.format).words(spec),
-                0.5 * squares[name] * _lost(weight, edge) if made.format == "outer128" else 0.0,
+                0.5 * squares[name] * _lost(weight, edge, made.stages) if made.format == "outer128" else 0.0,
             )
             for edge in edges
             for spec in [formats.make_spec(made.format, tuple(weight.shape), block=edge, stages=made.stages)]  # type: ignore[arg-type]
@@ -183,10 +183,10 @@ def _squared_gradients(network: nn.Module, task: Task) -> dict[str, float]:
     return {name: value / count for name, value in total.items()}
 
 
-def _lost(weight: Tensor, edge: int) -> float:
+def _lost(weight: Tensor, edge: int, stages: int) -> float:
     """Energy of a matrix that outer128 in blocks of an edge loses, from a corner of it."""
     corner = weight[:CORNER, :CORNER].contiguous()
-    matrix = search.encode(corner, format="outer128", block=edge)
+    matrix = search.encode(corner, format="outer128", block=edge, stages=stages)
     energy = float(corner.square().sum())
     share = float((matrix.decode() - corner).square().sum()) / energy if energy else 0.0
     return share * float(weight.square().sum()) if math.isfinite(share) else 0.0

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 from rbe.nn import Seeded, SeededVector, Stream, stored_bytes
 from rbe.train import pictures, texts
-from rbe.train.config import Config
+from rbe.train.config import Config, Seeds
 from rbe.train.planting import matrices, plant
 
 _KINDS: dict[str, Callable[[Config], nn.Module]] = {
@@ -18,6 +20,27 @@ _KINDS: dict[str, Callable[[Config], nn.Module]] = {
     "transformer": lambda config: texts.Translator(config.model),
     "gpt": texts.Gpt,
 }
+
+
+@dataclass(frozen=True)
+class Part:
+    """Matrices that a configuration makes of the same.
+
+    Attributes:
+        pattern: of the [[seeds.layer]] that decides about them; "" where none does.
+        format: of their seeds, or "dense".
+        weights: of them; bytes: that stand for these.
+    """
+
+    pattern: str
+    format: str
+    weights: int
+    bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Against float32."""
+        return 4 * self.weights / self.bytes
 
 
 def build(config: Config) -> nn.Module:
@@ -80,3 +103,34 @@ def sizes(model: nn.Module, stored: Mapping[str, Tensor] | None = None) -> dict[
     # The counter of batch norms takes part in nothing.
     kept = [t for t in every if id(t) not in own and t.is_floating_point()]
     return {"weights": weights, "seed_bytes": seed_bytes, "bytes": whole + sum(t.numel() * 4 for t in kept)}
+
+
+def parts(model: nn.Module, seeds: Seeds, stored: Mapping[str, Tensor] | None = None) -> tuple[Part, ...]:
+    """Weights and bytes of every kind of matrix.
+
+    >>> model = nn.Sequential(nn.Linear(16, 16), plant(nn.Sequential(nn.Linear(32, 16)), Seeds())[0])
+    >>> [(part.format, part.weights, part.bytes, part.ratio) for part in parts(model, Seeds())]
+    [('outer128', 512, 32, 64.0), ('dense', 256, 1024, 1.0)]
+
+    Args:
+        model: seeds frozen.
+        seeds: what it was made of.
+        stored: as for `sizes`.
+    """
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+
+    def add(name: str, form: str, weights: int, nbytes: int) -> None:
+        own = [layer.pattern for layer in seeds.layer if fnmatchcase(name, layer.pattern)]
+        before = found.get(key := (own[-1] if own else "", form), (0, 0))
+        found[key] = before[0] + weights, before[1] + nbytes
+
+    for name, module in model.named_modules():
+        if isinstance(module, Seeded) and module.owner is module and not isinstance(module, SeededVector):
+            add(name, module.spec.format, math.prod(module.spec.shape), module.matrix.seeds.numel() * 8)
+        elif isinstance(module, Stream):
+            add(name, "stream", *module.stored())
+    names = {id(p): name for name, p in model.named_parameters()}
+    for one in matrices(model):
+        nbytes = 4 * one.weight.numel() if stored is None else stored[names[id(one.weight)]].nbytes
+        add(one.name, "dense", one.weight.numel(), nbytes)
+    return tuple(Part(*key, *value) for key, value in found.items())

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rbe.train.budget import Share
+from rbe.train.networks import Part
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Result:
         seconds: of training.
         curve: the validation metric by epoch.
         plan: what each matrix got, where a number of bytes was divided.
+        parts: weights and bytes by pattern and format; of runs of before it was kept none.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Result:
     seconds: float
     curve: tuple[float, ...]
     plan: tuple[Share, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     @property
     def accuracy(self) -> float:
@@ -93,6 +96,7 @@ class Result:
             **asdict(self),
             "curve": list(self.curve),
             "plan": [asdict(s) for s in self.plan],
+            "parts": [{**asdict(part), "ratio": part.ratio} for part in self.parts],
             self.metric: self.value,
         }
 
@@ -101,4 +105,6 @@ class Result:
         """The inverse of `to_json`."""
         known = {k: v for k, v in about.items() if k in cls.__dataclass_fields__}
         plan = tuple(Share(**share) for share in known.pop("plan", ()))
-        return cls(**{**known, "curve": tuple(known["curve"]), "plan": plan})
+        fields = Part.__dataclass_fields__
+        parts = tuple(Part(**{k: v for k, v in part.items() if k in fields}) for part in known.pop("parts", ()))
+        return cls(**{**known, "curve": tuple(known["curve"]), "plan": plan, "parts": parts})

@@ -417,6 +417,7 @@ def _finish(run: _Run, out: Path, identity: str) -> Result:
         stored = round_rest(run.model, rest_bits)
         sizes = networks.sizes(run.model, stored)
         validation = run.task.measure(run.model, "validation")
+    parts = networks.parts(run.model, run.config.seeds, stored if rest_bits < 32 else None)
     dense = 4 * sizes["weights"]
     rest = sizes["bytes"] - sizes["seed_bytes"]
     result = Result(
@@ -433,6 +434,7 @@ def _finish(run: _Run, out: Path, identity: str) -> Result:
         seconds=run.seconds,
         curve=tuple(run.curve),
         plan=run.plan,
+        parts=parts,
     )
     store.write(out / WEIGHTS, lambda path: torch.save(stored, path))
     text = json.dumps({"config": json.loads(identity), "result": result.to_json()}, indent=1)
