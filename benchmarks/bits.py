@@ -7,22 +7,18 @@ validation and test accuracy of the epoch that is best on validation, the share 
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
+from benchmarks.loop import CONFIG, Loss, fit
 from rbe.optim import Cooling, HybridAdam, PowerDecay, three_phases
 from rbe.optim.transitions import Outcome
 from rbe.train import data, load_config, networks
 from rbe.train.run import accuracy
 
-CONFIG = Path(__file__).parent.parent / "examples" / "mnist-64.toml"
-Change = Callable[[HybridAdam, Callable[[], Tensor], float, float], Outcome]
+Change = Callable[[HybridAdam, Loss, float, float], Outcome]
 WAYS: dict[str, Change | None] = {
     "points only": None,
     "flip": lambda o, loss, share, t: o.flip(loss, share=share, temperature=t),
@@ -32,42 +28,30 @@ WAYS: dict[str, Change | None] = {
 
 def run(way: str, epochs: int, every: int, share: float, seed: int) -> None:
     config = load_config(CONFIG)
-    config = replace(config, seeds=replace(config.seeds, format="packed128"))
+    config = replace(
+        config,
+        seeds=replace(config.seeds, format="packed128"),
+        train=replace(config.train, epochs=epochs, seed=seed),
+    )
     images, recipe = data.load(config), config.train
     torch.manual_seed(seed)
     model = networks.build(config)
     optimizer = HybridAdam(model, recipe.lr, seed=seed)
-    x, y = images.train
-    steps = len(x) // recipe.batch
-    total = epochs * steps
+    total = epochs * (len(images.train[0]) // recipe.batch)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [recipe.lr] * len(optimizer.param_groups), total_steps=total, cycle_momentum=False
     )
     plan, settle, temperature = three_phases(total, warmup=0.02), PowerDecay(total / 4, 2.0), Cooling()
-    generator = torch.Generator().manual_seed(seed)
-    best, kept, proposed, accepted, began = -1.0, {}, 0, 0, time.monotonic()
-    for epoch in range(epochs):
-        order = torch.randperm(len(x), generator=generator)
-        model.train()
-        for k in range(steps):
-            chosen = order[k * recipe.batch : (k + 1) * recipe.batch]
+    proposed = accepted = 0
 
-            def loss(chosen: Tensor = chosen) -> Tensor:
-                return functional.cross_entropy(model(x[chosen]), y[chosen])
+    def after(epoch: int, t: int, loss: Loss) -> None:
+        nonlocal proposed, accepted
+        change = WAYS[way]
+        if change is not None and t % every == 0 and plan(t).bits:
+            outcome = change(optimizer, loss, max(share * settle(t), 1e-6), temperature(epoch))
+            proposed, accepted = proposed + outcome.proposed, accepted + outcome.accepted
 
-            optimizer.zero_grad()
-            loss().backward()
-            optimizer.step()
-            scheduler.step()
-            t, change = epoch * steps + k, WAYS[way]
-            if change is not None and t % every == 0 and plan(t).bits:
-                outcome = change(optimizer, loss, max(share * settle(t), 1e-6), temperature(epoch))
-                proposed, accepted = proposed + outcome.proposed, accepted + outcome.accepted
-        found = accuracy(model, *images.validation)
-        if found > best:
-            best, kept = found, {name: value.clone() for name, value in model.state_dict().items()}
-    seconds = time.monotonic() - began
-    model.load_state_dict(kept)
+    best, seconds = fit(config, images, model, optimizer, scheduler, after=after)
     test = accuracy(model, *images.test)
     changes = f"{accepted} of {proposed}" if proposed else "-"
     print(f"| {way} | {seed} | {100 * best:.2f} | {100 * test:.2f} | {changes} | {seconds:.0f} |", flush=True)

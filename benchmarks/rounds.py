@@ -9,22 +9,19 @@ the same network with its norms folded and the rest rounded (`rbe.nn.round_rest`
 import argparse
 import copy
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 
+from benchmarks.loop import CONFIG, fit
 from rbe.nn import round_rest, stored_bytes
 from rbe.optim import HybridAdam, Phase, Phases, rounds, three_phases
 from rbe.train import data, load_config, networks
 from rbe.train.run import accuracy
 
-CONFIG = Path(__file__).parent.parent / "examples" / "mnist-64.toml"
 PLANS = {
     "plain": lambda total: Phases(total, (Phase(1.0),)),
     "three phases": three_phases,
@@ -50,30 +47,18 @@ def run(name: str, epochs: int, seed: int) -> None:
     torch.manual_seed(seed)
     model = networks.build(config)
     optimizer = HybridAdam(model, recipe.lr, seed=seed)
-    x, y = images.train
-    steps = len(x) // recipe.batch
-    plan = PLANS[name](epochs * steps)
-    scheduler = LambdaLR(optimizer, plan.factors(optimizer, cycle(epochs * steps)))
-    generator = torch.Generator().manual_seed(seed)
-    best, kept, held, began = -1.0, {}, 0.0, time.monotonic()
-    for epoch in range(epochs):
-        order = torch.randperm(len(x), generator=generator)
-        model.train()
-        for k in range(steps):
-            phase = plan(epoch * steps + k)
-            if phase.held != held:
-                held = phase.held
-                optimizer.hold(held)
-            chosen = order[k * recipe.batch : (k + 1) * recipe.batch]
-            optimizer.zero_grad()
-            functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
-            optimizer.step()
-            scheduler.step()
-        found = accuracy(model, *images.validation)
-        if found > best:
-            best, kept = found, {n: v.clone() for n, v in model.state_dict().items()}
-    seconds = time.monotonic() - began
-    model.load_state_dict(kept)
+    total = epochs * (len(images.train[0]) // recipe.batch)
+    plan = PLANS[name](total)
+    scheduler = LambdaLR(optimizer, plan.factors(optimizer, cycle(total)))
+    held = 0.0
+
+    def before(t: int) -> None:
+        nonlocal held
+        if plan(t).held != held:
+            held = plan(t).held
+            optimizer.hold(held)
+
+    best, seconds = fit(config, images, model, optimizer, scheduler, before)
     optimizer.freeze()
     whole = networks.sizes(model)["bytes"]
     cells = [str(whole), f"{100 * best:.2f}", f"{100 * accuracy(model.eval(), *images.test):.2f}"]

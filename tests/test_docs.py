@@ -1,5 +1,6 @@
 """What the pages in docs/ say of the formats is what the code says."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from rbe.formats import outer128, packed64, packed128, trellis
+from rbe.train.config import PARTS
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -16,6 +18,27 @@ DOCS = Path(__file__).parent.parent / "docs"
 )
 def test_the_tables_of_fields_are_the_layouts(layout: object) -> None:
     assert layout.table() in (DOCS / "format.md").read_text()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("section", PARTS)
+def test_the_page_of_configurations_has_every_key_with_its_default(section: str) -> None:
+    text = (DOCS / "configuration.md").read_text().partition(f"## [{section}]\n")[2].partition("\n## ")[0]
+    said = {}
+    for line in re.findall(r"^\| (`.*)$", text, flags=re.M):
+        names, defaults, _ = (cell.strip() for cell in line.split("|", 2))
+        keys = re.findall(r"`(\w+)`", names)
+        if not defaults or len(keys) == 1:
+            said |= dict.fromkeys(keys, defaults.strip("`"))
+        else:
+            said |= dict(zip(keys, (value.strip("` ") for value in defaults.split(",")), strict=True))
+    fields = PARTS[section].__dataclass_fields__
+    assert said.keys() == fields.keys() - {"layer"}
+    for name, value in said.items():
+        default = fields[name].default
+        if name in ("latent_lr", "dense_lr"):
+            continue  # that of lr
+        shown = json.loads(value) if value else None
+        assert shown == (list(default) if isinstance(default, tuple) else default) or name == "path", name
 
 
 def test_constants_in_words() -> None:

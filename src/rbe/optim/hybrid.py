@@ -370,7 +370,13 @@ class HybridAdam(Optimizer):
                 b.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, that of the draws included."""
+        """The state, that of the draws included.
+
+        >>> from rbe.nn import Linear
+        >>> model = Linear(16, 16, format="outer128")
+        >>> state = HybridAdam(model).state_dict()  # for torch.save
+        >>> HybridAdam(model).load_state_dict(state)
+        """
         return {**super().state_dict(), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

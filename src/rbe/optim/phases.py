@@ -16,6 +16,9 @@ ROLES = ("point", "latent", "dense")
 class Phase:
     """One phase of a run.
 
+    >>> Phase(end=0.5, latent=0.0).bits
+    1.0
+
     Attributes:
         end: share of the run at which it ends, in (0, 1].
         point, latent, dense: factors of the learning rates of these roles; 0 leaves them where they are.
@@ -77,6 +80,12 @@ class Phases:
 
         Scales have the factor of what is dense.
 
+        >>> from rbe.nn import Linear
+        >>> from rbe.optim import HybridAdam
+        >>> plan = Phases(10, (Phase(0.5, point=0.5), Phase(1.0)))
+        >>> [factor(0) for factor in plan.factors(HybridAdam(Linear(16, 16, False, format="packed64")))]
+        [0.5, 1.0]
+
         Raises:
             RbeError: a group has no role; those of `HybridAdam` have.
         """
@@ -93,9 +102,17 @@ class Phases:
 def three_phases(total: int, warmup: float = 0.05, settled: float = 0.75) -> Phases:
     """Points alone, then everything, then points again with every discrete bit at rest.
 
+    The warm-up in which points alone move is ours: a share of the run until the moments of Adam mean something.
+
+    >>> [(phase.end, phase.latent, phase.bits, phase.held) for phase in three_phases(100).phases]
+    [(0.05, 0.0, 0.0, 0.0), (0.75, 1.0, 1.0, 0.0), (1.0, 0.0, 0.0, 1.0)]
+
     Args:
         total: epochs or steps.
         warmup, settled: shares of the run at which the second and third phase begin.
+
+    Raises:
+        RbeError: the shares do not grow from above 0 to below 1.
 
     Source: Poincare-ball learning, section 4.6.3: bits are explored first, points refined afterwards.
     """

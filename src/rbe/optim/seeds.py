@@ -21,7 +21,11 @@ TURNS = 10.0 * math.pi
 
 @dataclass(frozen=True)
 class Points:
-    """The open seeds of one module.
+    """The open seeds of one module, see `points`.
+
+    >>> from rbe.nn import Linear
+    >>> points(Linear(32, 32, format="outer128"))[0].radius.shape
+    torch.Size([4, 1])
 
     Attributes:
         name: of the module.
@@ -98,6 +102,13 @@ def wrap(angle: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Guard:
     """The hooks of `guard` on an optimizer.
+
+    >>> from rbe.nn import Linear
+    >>> model = Linear(16, 32, format="packed128")
+    >>> watch = guard(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    >>> len(watch.points)
+    1
+    >>> watch.remove()
 
     Attributes:
         points: the seeds that it watches.

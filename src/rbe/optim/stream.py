@@ -210,11 +210,22 @@ class StreamAdam(torch.optim.Adam):
         return sum(float(latent.grad.abs().sum()) for latent in latents) / cost + 1e-12 if cost else 1e-12
 
     def count(self) -> int:
-        """Bytes of all seeds now."""
+        """Bytes of all seeds now.
+
+        >>> from rbe.nn import StreamLinear
+        >>> model = StreamLinear(16, 32)
+        >>> StreamAdam(model, bytes=100, steps=50).count() == len(model.pack())
+        True
+        """
         return sum(_size(layers) for layers, _ in self.parts)
 
     def settle(self) -> bool:
-        """Whether the streams should have their bytes by now; if so, they are made to fit."""
+        """Whether the streams should have their bytes by now; if so, they are made to fit.
+
+        >>> from rbe.nn import StreamLinear
+        >>> StreamAdam(StreamLinear(16, 32), bytes=100, steps=50).settle()  # no step is done
+        False
+        """
         settled: bool = self.param_groups[0]["done"] >= REACH * self.steps
         if settled:
             self.fit()

@@ -202,6 +202,12 @@ class Recipe:
 class Config:
     """A training run.
 
+    >>> config = Config("quick", Data("mnist/mnist.npz"), train=Recipe(epochs=3))
+    >>> config.model.widths, config.seeds.format, config.train.epochs
+    ((784, 256, 128, 10), 'outer128', 3)
+    >>> Config.from_json(config.to_json()) == config
+    True
+
     Attributes:
         name: of the run.
         data, model, seeds, train: its parts.

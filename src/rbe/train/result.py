@@ -102,7 +102,12 @@ class Result:
 
     @classmethod
     def from_json(cls, about: dict[str, Any]) -> "Result":
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`.
+
+        >>> result = Result("run", "accuracy", 0.9, 0.91, 3, 1024, 64, 80, 64.0, 51.4, 2.0, (0.5, 0.8, 0.91))
+        >>> Result.from_json(result.to_json()) == result, result.accuracy
+        (True, 0.9)
+        """
         known = {k: v for k, v in about.items() if k in cls.__dataclass_fields__}
         plan = tuple(Share(**share) for share in known.pop("plan", ()))
         fields = Part.__dataclass_fields__

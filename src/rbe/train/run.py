@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from rbe.errors import RbeError
 from rbe.nn import Stream, round_rest
-from rbe.optim import HybridAdam, Phase, Phases, PowerDecay, StreamAdam, rounds, three_phases
+from rbe.optim import Cooling, HybridAdam, Phase, Phases, PowerDecay, StreamAdam, rounds, three_phases
 from rbe.train import budget, networks, store
 from rbe.train.budget import Share
 from rbe.train.characters import Characters
@@ -54,6 +54,21 @@ def train(
     planned: Callable[[tuple[Share, ...]], object] | None = None,
 ) -> Result:
     """Train a network, or go on where an interrupted run of the same configuration stood.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from rbe.train.config import Data, Model, Recipe
+    >>> images = np.random.default_rng(0).integers(0, 256, (120, 8, 8)).astype(np.uint8)
+    >>> parts = {"x_train": images[:100], "x_test": images[100:]}
+    >>> parts |= {name.replace("x", "y"): np.arange(len(x)) % 4 for name, x in parts.items()}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.savez(f"{folder}/noise.npz", **parts)
+    ...     model, recipe = Model(widths=(64, 16, 4)), Recipe(epochs=1, batch=20)
+    ...     config = Config("noise", Data(f"{folder}/noise.npz", validation=20), model, train=recipe)
+    ...     result = train(config, f"{folder}/run")
+    ...     network = load(f"{folder}/run")
+    >>> result.metric, result.seed_bytes, result.ratio, network(torch.zeros(3, 1, 8, 8)).shape
+    ('accuracy', 80, 54.4, torch.Size([3, 4]))
 
     Args:
         config: the run; its name tells apart what was built differently.
@@ -344,7 +359,7 @@ class _Run:
         if step >= last or not factor or not isinstance(self.optimizer, HybridAdam):
             return
         if recipe.flip_every and step % recipe.flip_every == 0:
-            temperature = recipe.flip_temperature / (1 + 0.1 * len(self.history))
+            temperature = Cooling(recipe.flip_temperature)(len(self.history))
             self.optimizer.flip(loss, share=max(recipe.flip_share * factor, 1e-6), temperature=temperature)
         if recipe.beam_every and step % recipe.beam_every == 0:
             self.optimizer.beam(loss, share=max(recipe.beam_share * factor, 1e-6))

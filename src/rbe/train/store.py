@@ -24,7 +24,7 @@ Build = Callable[[Config], nn.Module]
 
 
 def load(folder: str | Path, build: Build = networks.build) -> nn.Module:
-    """The trained network of a finished run, with frozen seeds, in evaluation mode.
+    """The trained network of a finished run, with frozen seeds, in evaluation mode; `train` has an example.
 
     Args:
         folder: of the run.
