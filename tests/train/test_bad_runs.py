@@ -170,15 +170,10 @@ def test_a_trained_network_that_is_damaged(write: Write, tmp_path: Path) -> None
     out = tmp_path / "out"
     train(load_config(write()), out)
     whole = (out / WEIGHTS).read_bytes()
-    right = load(out).state_dict()
     for k in range(0, len(whole), len(whole) // 60):
         (out / WEIGHTS).write_bytes(whole[:k] + bytes([whole[k] ^ 1]) + whole[k + 1 :])
-        try:
-            found = load(out).state_dict()
-        except RbeError as told:
-            assert "damaged" in str(told)
-        else:  # padding, or a date
-            assert all(torch.equal(right[name], tensor) for name, tensor in found.items())
+        with pytest.raises(RbeError, match="damaged"):
+            load(out)
     (out / WEIGHTS).write_bytes(whole[:-100])
     with pytest.raises(RbeError, match="damaged"):
         load(out)

@@ -132,7 +132,7 @@ def require_seeds(folder: Path) -> None:
     Raises:
         RbeError: it is a dense one, or a run of `rbe train`.
     """
-    if all((folder / name).is_file() for name in ("result.json", "model.pt")):
+    if (folder / "result.json").is_file() and any((folder / name).is_file() for name in ("model.rbe", "model.pt")):
         raise RbeError(
             f"{folder} is a run of rbe train, no compressed folder; make one of it in Python: "
             f"rbe.save(rbe.train.load({str(folder)!r}), 'NEW_FOLDER')"

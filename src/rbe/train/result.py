@@ -63,6 +63,7 @@ class Result:
         epoch: the best one.
         weights: of the matrices.
         seed_bytes, bytes: of the seeds; of everything that is stored.
+        file_bytes: of `model.rbe`, its header included; 0 for runs of before there was one.
         ratio: 4 weights / seed_bytes, against float32; whole_ratio: the same with all bytes on both sides.
         seconds: of training.
         curve: the validation metric by epoch.
@@ -84,6 +85,7 @@ class Result:
     curve: tuple[float, ...]
     plan: tuple[Share, ...] = ()
     parts: tuple[Part, ...] = ()
+    file_bytes: int = 0
 
     @property
     def accuracy(self) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rbe.errors import RbeError
-from rbe.nn import Stream, round_rest
+from rbe.nn import Stream, pack, round_rest
 from rbe.optim import Cooling, HybridAdam, Phase, Phases, PowerDecay, StreamAdam, rounds, three_phases
 from rbe.train import budget, networks, store
 from rbe.train.budget import Share
@@ -72,7 +72,7 @@ def train(
 
     Args:
         config: the run; its name tells apart what was built differently.
-        out: folder for checkpoint, result and the trained model (frozen seeds, `model.pt`, a state dict).
+        out: folder for checkpoint, result and the trained model (`model.rbe`, see `rbe.train.packed`).
         tell: called after every epoch, and within one every two minutes.
         restart: throw away what is in the folder.
         build: makes the network in place of `networks.build`, for layers that are no seeds; a layer of its own kind
@@ -126,7 +126,7 @@ def train(
     while not run.done:
         run.epoch(pause)
         pause()
-    return _finish(run, out, identity)
+    return _finish(run, out, identity, build)
 
 
 def _network(config: Config, task: Task, folder: str | None) -> nn.Module | None:
@@ -422,17 +422,18 @@ def _turned(model: nn.Module, before: dict[str, Tensor]) -> float | None:
     return sum(int((now[name] != signs).sum()) for name, signs in before.items()) / count if count else None
 
 
-def _finish(run: _Run, out: Path, identity: str) -> Result:
+def _finish(run: _Run, out: Path, identity: str, build: Build) -> Result:
     """Freeze the best epoch, test it once, and write everything."""
     run.model.load_state_dict(run.best)
     store.freeze(run.model)
     rest_bits = run.config.train.rest_bits
-    sizes, validation, stored = networks.sizes(run.model), run.curve[run.best_epoch], run.model.state_dict()
+    validation, stored = run.curve[run.best_epoch], None
     if rest_bits < 32:
         stored = round_rest(run.model, rest_bits)
-        sizes = networks.sizes(run.model, stored)
         validation = run.task.measure(run.model, "validation")
-    parts = networks.parts(run.model, run.config.seeds, stored if rest_bits < 32 else None)
+    sizes, parts = networks.sizes(run.model, stored), networks.parts(run.model, run.config.seeds, stored)
+    planned = store.with_blocks(run.config, {share.name: share.edge for share in run.plan})
+    data = store.compact(pack(run.model, 32) if stored is None else stored, planned, build)
     dense = 4 * sizes["weights"]
     rest = sizes["bytes"] - sizes["seed_bytes"]
     result = Result(
@@ -450,8 +451,10 @@ def _finish(run: _Run, out: Path, identity: str) -> Result:
         curve=tuple(run.curve),
         plan=run.plan,
         parts=parts,
+        file_bytes=len(data),
     )
-    store.write(out / WEIGHTS, lambda path: torch.save(stored, path))
+    store.write(out / WEIGHTS, lambda path: path.write_bytes(data))
+    (out / store.OLD).unlink(missing_ok=True)
     text = json.dumps({"config": json.loads(identity), "result": result.to_json()}, indent=1)
     store.write(out / RESULT, lambda path: path.write_text(text + "\n"))
     (out / CHECKPOINT).unlink(missing_ok=True)

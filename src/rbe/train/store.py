@@ -2,23 +2,25 @@
 
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rbe.errors import RbeError
-from rbe.nn import Seeded, Stream, fold_norms, unpack
-from rbe.train import networks
+from rbe.nn import Seeded, Stream, fold_norms, pack, unpack
+from rbe.train import networks, packed
 from rbe.train.config import Config
 
 CHECKPOINT = "checkpoint.pt"
 RESULT = "result.json"
-WEIGHTS = "model.pt"
+WEIGHTS = "model.rbe"
+# Of runs of before there was a file of their own.
+OLD = "model.pt"
 
 Build = Callable[[Config], nn.Module]
 
@@ -37,23 +39,35 @@ def load(folder: str | Path, build: Build = networks.build) -> nn.Module:
     try:
         known = json.loads((folder / RESULT).read_text())
         config, edges = Config.from_json(known["config"]), {s["name"]: s["edge"] for s in known["result"]["plan"]}
-        state = _read(folder / WEIGHTS)
-        model = build(with_blocks(config, edges))
-        for module in model.modules():
-            if isinstance(module, Stream):
-                module.shut()  # what is drawn anew is not worth packing
-        freeze(model)
-        if config.train.rest_bits < 32:
-            fold_norms(model)
-            unpack(model, state)
+        model, like = _empty(with_blocks(config, edges), build)
+        if (folder / WEIGHTS).exists():
+            state = packed.read((folder / WEIGHTS).read_bytes(), like)
         else:
-            model.load_state_dict(state)
+            state = _read(folder / OLD)
+        unpack(model, state)
     except Exception as cause:  # torch raises many kinds for a damaged file
         raise RbeError(
             f"train: there is no finished run in {folder}, or it is damaged ({_first(cause)}); train it first: rbe "
             f"train CONFIG --out {folder}"
         ) from cause
     return model.eval().requires_grad_(False)
+
+
+def _empty(config: Config, build: Build) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A frozen network of a configuration, for a loader to fill, and tensors like those that are stored of it."""
+    model = build(config)
+    for module in model.modules():
+        if isinstance(module, Stream):
+            module.shut()  # what is drawn anew is not worth packing
+    freeze(model)
+    if config.train.rest_bits < 32:
+        fold_norms(model)
+    return model, pack(model, config.train.rest_bits)
+
+
+def compact(stored: Mapping[str, Tensor], config: Config, build: Build) -> bytes:
+    """The file of what `rbe.nn.pack` made of a network of a configuration; blocks that were chosen are in it."""
+    return packed.write(stored, _empty(config, build)[1])
 
 
 def _read(path: Path) -> dict[str, Any]:
