@@ -35,7 +35,7 @@ def point(name: str, ratio: float, epochs: int) -> Result:
         raise RbeError(f"frontier: {name} divides its bytes among groups; give an example that is streams alone")
     label = f"{name} at {ratio:g} of {epochs} epochs"
     nbytes = int(4 * weights / ratio)
-    if abs(nbytes / base.seeds.bytes - 1) < SAME:
+    if abs(nbytes / base.seeds.bytes - 1) < SAME and epochs <= base.train.epochs:
         return run(name, 0, epochs)
     seeds = replace(base.seeds, bytes=nbytes)
     config = replace(base, name=label, seeds=seeds, train=replace(base.train, epochs=epochs))
@@ -53,6 +53,7 @@ def draw(path: Path, task: str, points: Sequence[Result], reference: Result) -> 
     axes.axhline(factor * reference.value, color="k", linestyle="--", label=f"dense, {reference.seed_bytes:,} bytes")
     axes.set(xscale="log", xlabel="seed bytes", ylabel=f"{reference.metric} on test", title=task)
     axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 

@@ -134,6 +134,11 @@ def test_the_pull_is_clipped_with_the_rest() -> None:
     optimizer.step()
     state = optimizer.state[layer.radius]
     assert state["mean"].norm().item() == pytest.approx(0.1 * 0.5, rel=1e-5)
+    # What does not move is not pulled.
+    layer = layer_with_gradient("packed128", 0.99, 0.0, (0.0, 0.3))
+    layer.radius.grad = None
+    optimizer = HybridAdam(layer, lr=0.01, method="polar", pull=1e3, clip_norm=100.0)
+    assert optimizer._clipping() == 1.0
 
 
 def train(model: nn.Module, optimizer: HybridAdam, x: Tensor, y: Tensor, steps: range) -> None:

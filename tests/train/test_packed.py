@@ -1,5 +1,7 @@
 """The file of a trained network: what is written is read, and what is damaged or of another network is refused."""
 
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,8 @@ TENSORS = {
     "c.bias": torch.randn(7),
     "d.codes": torch.arange(-4, 4, dtype=torch.int8),
     "e.empty": torch.empty(0, 3),
+    "f.turned": torch.randn(4, 3).T,
+    "g.half": torch.randn(2, 2).bfloat16(),
 }
 
 
@@ -40,6 +44,26 @@ def test_what_is_written_is_read() -> None:
         assert torch.equal(again[name], tensor)
     # Magic and checksum; one exception of two bytes; the length of the stream is 300.
     assert len(data) == 8 + (1 + 2) + 2 + sum(t.nbytes for t in TENSORS.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"c.bias": torch.zeros(8)}, r"c.bias is \(7,\) in the trained network and \(8,\)"),
+        ({"z": torch.zeros(1)}, r"other tensors than the trained one \(z\)"),
+    ],
+)
+def test_what_no_fresh_network_could_read_is_not_written(change: dict[str, Tensor], complaint: str) -> None:
+    with pytest.raises(RbeError, match=complaint):
+        packed.write(TENSORS, like() | change)
+    with pytest.raises(RbeError, match="complex64, which the file"):
+        packed.write(TENSORS | {"c.bias": torch.zeros(7, dtype=torch.complex64)}, like())
+
+
+def test_a_number_without_an_end_is_refused() -> None:
+    body = b"\xff" * 12
+    with pytest.raises(ValueError, match="has no end"):
+        packed.read(packed.MAGIC + zlib.crc32(body).to_bytes(4, "little") + body, like())
 
 
 def test_damage_is_refused() -> None:
@@ -63,7 +87,8 @@ def test_another_network_is_refused() -> None:
 @pytest.mark.parametrize("text", [QUICK, STREAM], ids=["blocks", "streams"])
 def test_the_file_holds_the_bytes_that_are_counted(write: Write, tmp_path: Path, text: str, bits: int) -> None:
     out = tmp_path / "out"
-    result = train(load_config(write(text + f"rest_bits = {bits}\n")), out)
+    config = load_config(write(text + f"rest_bits = {bits}\n"))
+    result = train(config, out)
     model = load(out)
     streams = sum(isinstance(module, Stream) for module in model.modules())
     size = (out / WEIGHTS).stat().st_size
@@ -76,3 +101,6 @@ def test_the_file_holds_the_bytes_that_are_counted(write: Write, tmp_path: Path,
     (out / "model.pt").unlink()
     with pytest.raises(RbeError, match="no finished run"):
         load(out)
+    # A result without its network is trained anew.
+    assert replace(train(config, out), seconds=0) == replace(result, seconds=0)
+    assert load(out).state_dict().keys() == again.keys()

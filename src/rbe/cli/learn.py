@@ -81,7 +81,7 @@ def _results(result: Result, folder: Path) -> list[list[str]]:
         ["seeds", f"{result.seed_bytes:,} bytes", f"{result.ratio:.1f}:1 against float32"],
         *(parts if len(parts) > 1 else ()),
         ["whole model", f"{result.bytes:,} bytes", f"{result.whole_ratio:.1f}:1; scales, biases and norms counted"],
-        ["model.rbe", f"{result.file_bytes:,} bytes", "the file"],
+        *([["model.rbe", f"{result.file_bytes:,} bytes", "the file"]] if result.file_bytes else ()),
         ["time", show.short(result.seconds), str(folder)],
     ]
 

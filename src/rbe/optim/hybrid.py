@@ -188,10 +188,10 @@ class HybridAdam(Optimizer):
         entropy put right.
         """
         _check_options("flip", share=share, tolerance=tolerance)
-        if not temperature > 0 or not variety >= 0:
-            raise RbeError(
-                f"flip: temperature is {temperature}, variety {variety}; give a positive one, and 0 or more for variety"
-            )
+        if not temperature > 0:
+            raise RbeError(f"flip: temperature is {temperature}; it must be positive")
+        if not variety >= 0:
+            raise RbeError(f"flip: variety is {variety}; give 0 or more")
         modules = [m for m in _open(self.model) if m.spec.format != "packed64"]
         if not modules:
             raise RbeError("flip: no open layer has discrete bits; packed128 and outer128 have")
@@ -470,10 +470,12 @@ class HybridAdam(Optimizer):
             self._move(some, group, factor)
 
     def _wanted(self, some: list[Points]) -> tuple[Tensor, Tensor]:
-        """Gradients by all radii and angles of some modules, flat, in float64; those of the pull included."""
+        """Gradients by all radii and angles of some modules, flat, in float64; those of the pull on what moves too."""
         outward, around = (torch.cat([_gradient(getattr(one, n)) for one in some]) for n in ("radius", "angle"))
         if self.pull:
-            radius = torch.cat([one.radius.flatten() for one in some]).double()
+            # At the origin nothing pulls.
+            radii = [one.radius.new_zeros(one.radius.shape) if one.radius.grad is None else one.radius for one in some]
+            radius = torch.cat([r.flatten() for r in radii]).double()
             outward = outward + 2 * self.pull * torch.atanh(radius) / disk.radial_gap(radius)
         return outward, around
 

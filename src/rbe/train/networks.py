@@ -129,6 +129,8 @@ def parts(model: nn.Module, seeds: Seeds, stored: Mapping[str, Tensor] | None = 
             add(name, module.spec.format, math.prod(module.spec.shape), module.matrix.seeds.numel() * 8)
         elif isinstance(module, Stream):
             add(name, "stream", *module.stored())
+        elif callable(own_stored := getattr(module, "stored", None)):
+            add(name, type(module).__name__, *own_stored())
     names = {id(p): name for name, p in model.named_parameters()}
     for one in matrices(model):
         nbytes = 4 * one.weight.numel() if stored is None else stored[names[id(one.weight)]].nbytes

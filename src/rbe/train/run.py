@@ -123,6 +123,8 @@ def train(
         if tell is not None:
             tell(run.progress)
 
+    if saved is not None and run.done and tell is not None:
+        tell(run.progress)
     while not run.done:
         run.epoch(pause)
         pause()

@@ -47,8 +47,8 @@ def load(folder: str | Path, build: Build = networks.build) -> nn.Module:
         unpack(model, state)
     except Exception as cause:  # torch raises many kinds for a damaged file
         raise RbeError(
-            f"train: there is no finished run in {folder}, or it is damaged ({_first(cause)}); train it first: rbe "
-            f"train CONFIG --out {folder}"
+            f"train: there is no finished run in {folder}, or it is damaged ({_first(cause)}); train it: rbe train "
+            f"CONFIG --out {folder}, with --restart if it is damaged"
         ) from cause
     return model.eval().requires_grad_(False)
 
@@ -128,7 +128,12 @@ def write(path: Path, put: Callable[[Path], object]) -> None:
 
 
 def finished(out: Path, identity: str) -> dict[str, Any] | None:
-    """The result of a finished run of this configuration."""
+    """The result of a finished run of this configuration; None too where its network is gone."""
+    there = any((out / name).is_file() for name in (WEIGHTS, OLD))
+    return _result(out, identity) if there else None
+
+
+def _result(out: Path, identity: str) -> dict[str, Any] | None:
     try:
         known = json.loads((out / RESULT).read_text())
         same = json.dumps(known["config"], sort_keys=True) == identity
@@ -145,7 +150,7 @@ def resume(out: Path, identity: str) -> dict[str, Any] | None:
     """
     path = out / CHECKPOINT
     if not path.exists():
-        if (out / RESULT).is_file() and finished(out, identity) is None:
+        if (out / RESULT).is_file() and _result(out, identity) is None:
             raise RbeError(f"train: {out} holds another run; choose another --out, or --restart to throw it away")
         return None
     try:

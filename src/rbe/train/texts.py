@@ -52,8 +52,8 @@ class Attention(nn.Module):
             q, k, v = self.qkv(x).chunk(3, -1)
         else:
             q, (k, v) = self.q(x), self.kv(memory).chunk(2, -1)
-        # In float32 also under autocast: in bfloat16 torch's derivative for CPUs takes several times longer.
-        q, k, v = (part.float().unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        # As x also under autocast: in bfloat16 torch's derivative for CPUs takes several times longer.
+        q, k, v = (part.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
         with torch.autocast(x.device.type, enabled=False):
             y = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
         out: Tensor = self.out(y.transpose(1, 2).flatten(2))
