@@ -23,9 +23,13 @@ BENCHMARKS = (
 # Finished runs are kept in runs/, and an interrupted one goes on.
 LONG = (
     ["headline", "--seeds", "0", "1", "2", "--only", "mnist-64-stream", "mnist-256-stream", "mnist-1000", "lenet5-555"],
+    ["headline", "--seeds", "0", "1", "2", "--only", "lenet5-1110", "fashion-64-stream", "cifar-mlp-64-stream"],
     ["headline", "--only", "gpt-200-stream", "--epochs", "6"],
     ["headline"],
-    *(["trained", "--task", task, "--ratio", "64"] for task in ("mnist", "fashion")),
+    ["smaller"],
+    ["frontier", "gpt-200-stream", "--epochs", "6"],
+    ["trained", "--ratio", "64"],
+    ["trained", "--task", "fashion", "--ratio", "64", "--whole", "14557"],
     # In the whole bytes of the streams above.
     ["trained", "--ratio", "256", "--whole", "3569"],
     ["trained", "--ratio", "1000", "--whole", "932"],
