@@ -49,6 +49,8 @@ def test_a_run_that_is_interrupted_at_every_step(
     seen: list[Progress] = []
 
     def stop(p: Progress) -> None:
+        if seen and seen[-1].epoch == p.epochs:
+            return  # a run that is restored when all epochs are done says so once more, for its page
         seen.append(p)
         raise Stopped
 
