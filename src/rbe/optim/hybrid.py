@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adam import adam
 
-from rbe import disk
 from rbe.errors import RbeError
 from rbe.nn.seeded import Seeded
 from rbe.optim import transitions
 from rbe.optim.motion import METHODS, Method, adam_step
 from rbe.optim.penalties import total_entropy
-from rbe.optim.seeds import Points, points, wrap
+from rbe.optim.seeds import Points, gradients, open_layers, points, wrap
 from rbe.optim.transitions import Outcome
 from rbe.search.blocks import Blocks
 
@@ -108,8 +107,8 @@ class HybridAdam(Optimizer):
         self.latent_limit, self.clip_norm, self.clip_value = latent_limit, clip_norm, clip_value
         self.points: list[Points] = points(model)
         own = {id(p) for one in self.points for p in (one.radius, one.angle)}
-        latents = [m.latent for m in _open(model) if "latent" in m._parameters]
-        scales = [m.scale for m in _open(model) if "scale" in m._parameters]
+        latents = [m.latent for m in open_layers(model) if "latent" in m._parameters]
+        scales = [m.scale for m in open_layers(model) if "scale" in m._parameters]
         own |= {id(p) for p in (*latents, *scales)}
         dense = [p for p in model.parameters() if id(p) not in own]
         groups = [
@@ -187,12 +186,12 @@ class HybridAdam(Optimizer):
         Source: Poincare-ball learning, sections 4.3.2, 4.3.3, 4.4.3 and 4.5.3, with the sign of both softmax and
         entropy put right.
         """
-        _check_options("flip", share=share, tolerance=tolerance)
+        transitions.check_options("flip", share=share, tolerance=tolerance)
         if not temperature > 0:
             raise RbeError(f"flip: temperature is {temperature}; it must be positive")
         if not variety >= 0:
             raise RbeError(f"flip: variety is {variety}; give 0 or more")
-        modules = [m for m in _open(self.model) if m.spec.format != "packed64"]
+        modules = [m for m in open_layers(self.model) if m.spec.format != "packed64"]
         if not modules:
             raise RbeError("flip: no open layer has discrete bits; packed128 and outer128 have")
         if variety and all(m.spec.format != "packed128" for m in modules):
@@ -251,10 +250,10 @@ class HybridAdam(Optimizer):
 
         Source: Poincare-ball learning, sections 4.3.2.3 and 4.3.3.
         """
-        _check_options("beam", share=share, tolerance=tolerance)
+        transitions.check_options("beam", share=share, tolerance=tolerance)
         if width < 1 or rounds < 1:
             raise RbeError(f"beam: width is {width}, rounds {rounds}; give at least 1 of each")
-        modules = [m for m in _open(self.model) if m.spec.format == "packed128"]
+        modules = [m for m in open_layers(self.model) if m.spec.format == "packed128"]
         if not modules:
             raise RbeError("beam: no open layer is of packed128, whose fields are searched; outer128 has flip()")
 
@@ -391,7 +390,7 @@ class HybridAdam(Optimizer):
 
     def freeze(self) -> None:
         """Pack the seeds of every layer of the model; what is left is what a file holds. The optimizer is then done."""
-        for module in _open(self.model):
+        for module in open_layers(self.model):
             module.freeze()
 
     def _clipping(self) -> float:
@@ -401,7 +400,7 @@ class HybridAdam(Optimizer):
         latents = [
             p.grad for g in self.param_groups if g["role"] == "latent" for p in g["params"] if p.grad is not None
         ]
-        points = [part for one in self.points for part in self._wanted([one])]
+        points = [part for one in self.points for part in gradients([one], self.pull)]
         total = float(nn.utils.get_total_norm([*latents, *points]))
         return min(1.0, self.clip_norm / total) if total > 0 else 1.0
 
@@ -469,19 +468,9 @@ class HybridAdam(Optimizer):
         for some in alike.values():
             self._move(some, group, factor)
 
-    def _wanted(self, some: list[Points]) -> tuple[Tensor, Tensor]:
-        """Gradients by all radii and angles of some modules, flat, in float64; those of the pull on what moves too."""
-        outward, around = (torch.cat([_gradient(getattr(one, n)) for one in some]) for n in ("radius", "angle"))
-        if self.pull:
-            # At the origin nothing pulls.
-            radii = [one.radius.new_zeros(one.radius.shape) if one.radius.grad is None else one.radius for one in some]
-            radius = torch.cat([r.flatten() for r in radii]).double()
-            outward = outward + 2 * self.pull * torch.atanh(radius) / disk.radial_gap(radius)
-        return outward, around
-
     def _move(self, some: list[Points], group: dict[str, Any], factor: float) -> None:
         radius, angle = (torch.cat([getattr(one, n).flatten() for one in some]).double() for n in ("radius", "angle"))
-        outward, around = self._wanted(some)
+        outward, around = gradients(some, self.pull)
         if factor != 1.0:
             outward, around = outward * factor, around * factor
         if self.clip_value is not None:
@@ -500,22 +489,3 @@ class HybridAdam(Optimizer):
                 one.radius.copy_(r.view_as(one.radius))
             if one.angle.grad is not None:
                 one.angle.copy_(theta.view_as(one.angle))
-
-
-def _gradient(p: Tensor) -> Tensor:
-    """Of a parameter, flat, in float64; 0 where it has none."""
-    return p.new_zeros(p.numel(), dtype=torch.float64) if p.grad is None else p.grad.flatten().double()
-
-
-def _check_options(what: str, share: float, tolerance: float) -> None:
-    if not 0 < share <= 1:
-        raise RbeError(f"{what}: share is {share}; give a number in (0, 1]")
-    if not tolerance >= 0:
-        raise RbeError(f"{what}: tolerance is {tolerance}; give 0 or more")
-
-
-def _open(model: nn.Module) -> Iterator[Seeded]:
-    """Every open module, owners only."""
-    for module in model.modules():
-        if isinstance(module, Seeded) and module.owner is module and module.trainable:
-            yield module

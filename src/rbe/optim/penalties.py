@@ -5,8 +5,7 @@ from torch import Tensor, nn
 
 from rbe.errors import RbeError
 from rbe.formats import packed128
-from rbe.nn.seeded import Seeded
-from rbe.optim.seeds import points
+from rbe.optim.seeds import open_layers, points
 
 
 def hyperbolic_penalty(model: nn.Module) -> Tensor:
@@ -60,8 +59,7 @@ def total_entropy(model: nn.Module) -> float:
     >>> 0 <= total_entropy(model) < 1.3863
     True
     """
-    open_layers = [m for m in model.modules() if isinstance(m, Seeded) and m.owner is m and m.trainable]
-    return sum(state_entropy(m.read_code()) for m in open_layers if m.spec.format == "packed128")
+    return sum(state_entropy(m.read_code()) for m in open_layers(model) if m.spec.format == "packed128")
 
 
 def entropy_changes(code: Tensor) -> Tensor:

@@ -57,6 +57,33 @@ def _points(model: nn.Module) -> Iterator[Points]:
             yield Points(name, radius, angle, *RADII.get(module.spec.format, (1e-6, 0.999)))
 
 
+def open_layers(model: nn.Module) -> Iterator[Seeded]:
+    """Every open module of seeds, owners only."""
+    for module in model.modules():
+        if isinstance(module, Seeded) and module.owner is module and module.trainable:
+            yield module
+
+
+def gradients(some: list[Points], pull: float) -> tuple[Tensor, Tensor]:
+    """Gradients by all radii and angles of some modules, flat, in float64; those of the pull on what moves too."""
+    outward, around = (torch.cat([_gradient(getattr(one, n)) for one in some]) for n in ("radius", "angle"))
+    if pull:
+        # At the origin nothing pulls.
+        radii = [one.radius.new_zeros(one.radius.shape) if one.radius.grad is None else one.radius for one in some]
+        outward = outward + _pulled(torch.cat([r.flatten() for r in radii]).double(), pull)
+    return outward, around
+
+
+def _gradient(p: Tensor) -> Tensor:
+    """Of a parameter, flat, in float64; 0 where it has none."""
+    return p.new_zeros(p.numel(), dtype=torch.float64) if p.grad is None else p.grad.flatten().double()
+
+
+def _pulled(radius: Tensor, strength: float) -> Tensor:
+    """Derivative of strength artanh(r)^2."""
+    return 2 * strength * torch.atanh(radius) / disk.radial_gap(radius)
+
+
 def groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: the seeds without its weight decay, everything else with it.
 
@@ -205,7 +232,7 @@ def _treat(one: Points, riemannian: bool, strength: float, threshold: float, dec
     radius = one.radius.detach()
     outward, around = (torch.zeros_like(radius) if p.grad is None else p.grad.clone() for p in (one.radius, one.angle))
     if decay:
-        outward += 2 * decay * torch.atanh(radius) / disk.radial_gap(radius)
+        outward += _pulled(radius, decay)
     if riemannian:
         outward, around = disk.polar_gradient(radius, outward, around, least_radius=one.least)
     if strength:

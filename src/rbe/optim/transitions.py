@@ -82,6 +82,18 @@ def _add(total: Tensor, gradient: Tensor) -> None:
     total += gradient
 
 
+def check_options(what: str, share: float, tolerance: float) -> None:
+    """Refuse what `flip` and `beam` have in common.
+
+    Raises:
+        RbeError: the share or the tolerance is out of range.
+    """
+    if not 0 < share <= 1:
+        raise RbeError(f"{what}: share is {share}; give a number in (0, 1]")
+    if not tolerance >= 0:
+        raise RbeError(f"{what}: tolerance is {tolerance}; give 0 or more")
+
+
 def _gradients(modules: Sequence[Seeded], closure: Callable[[], Tensor]) -> tuple[float, list[Blocks]]:
     """The loss, and its gradient by every module's blocks of unscaled weights."""
     sums = [torch.zeros(m.spec.shape) for m in modules]
