@@ -12,6 +12,7 @@ import tokenizers
 import torch
 import transformers
 from PIL import Image
+from torch import nn
 
 from rbe.errors import RbeError
 from rbe.nn import Seeded, Stream, StreamEmbedding
@@ -23,7 +24,7 @@ from rbe.train.language import adopt
 from rbe.train.networks import build, sizes
 from rbe.train.run import TASKS
 from rbe.train.texts import Block, Gpt, Translator
-from rbe.train.translation import Translation
+from rbe.train.translation import BEGIN, Translation, _greedy
 
 Make = Callable[[], Config]
 
@@ -189,6 +190,62 @@ def test_translation(pairs: Config, tmp_path: Path) -> None:
     assert result.metric == "bleu"
     translation = Translation(config)
     assert translation.translate(load(tmp_path / "out"), ["zwei zwei zwei zwei"]) == [" two two two two"]
+
+
+def test_a_student_of_sequences_learns_what_its_teacher_says(
+    pairs: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher that says the same of everything; asked once, also where the student is interrupted."""
+    dense = replace(pairs, seeds=Seeds("dense"))
+    train(replace(dense, train=replace(pairs.train, epochs=1, steps=1)), tmp_path / "teacher")
+    asked: list[int] = []
+
+    def told(task: Translation, teacher: nn.Module, tell: object) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(len(task.pairs))
+        says = torch.tensor(task.tokenizer.encode("one").ids)
+        return says.repeat(400), torch.full((400,), len(says))
+
+    monkeypatch.setattr(Translation, "told", told)
+    recipe = replace(pairs.train, teacher="teacher", sequence_level=True, weight=0.0)
+    student = replace(dense, train=recipe)
+
+    def stop(p: object) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        train(student, tmp_path / "out", stop)
+    result = train(student, tmp_path / "out")
+    assert asked == [400]
+    assert result.curve == train(student, tmp_path / "whole").curve
+    said = Translation(student).translate(load(tmp_path / "out"), ["zwei zwei zwei zwei", "drei"])
+    assert said == [" one", " one"]
+
+
+def test_a_teacher_tells_every_sentence_in_its_place(pairs: Config, tmp_path: Path) -> None:
+    config = replace(pairs, seeds=Seeds("dense"))
+    train(config, tmp_path / "out")
+    task, done = Translation(config), []
+    teacher = load(tmp_path / "out")
+    symbols, counts = task.told(teacher, lambda *n: done.append(n))
+    assert done == [(200, 400), (400, 400)]
+    task.retell(symbols, counts)
+    given = [task.tokenizer.decode(source.tolist()) for source, _ in task.pairs]
+    assert [task.tokenizer.decode(target.tolist()) for _, target in task.pairs] == task.translate(teacher, given)
+
+
+def test_greedy_translations_take_the_likeliest_subword_at_every_place() -> None:
+    """What is kept of the positions before says the same as reading the whole sentence again."""
+    torch.manual_seed(0)
+    model = Translator(Model(vocabulary=20, layers=2, size=16, heads=2, inner=32)).eval()
+    nn.init.normal_(model.embed.weight)
+    source = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]])
+    with torch.no_grad():
+        made = _greedy(model, source)
+        scores = model(source, torch.cat((torch.full((2, 1), BEGIN), made[:, :-1]), 1))
+    for line, wanted in zip(made, scores.argmax(-1), strict=True):
+        length = (line != 0).sum()
+        assert length > 3
+        assert line[:length].equal(wanted[:length])
 
 
 def test_translation_in_seeds(pairs: Config, tmp_path: Path) -> None:

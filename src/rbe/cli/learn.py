@@ -10,6 +10,8 @@ from rbe.train import Config, Progress, Result, Share, load_config
 from rbe.train import train as run
 
 PAGE = "report.html"
+# Sentences that a teacher translates between two lines of progress.
+TOLD_EVERY = 5000
 # How a metric is read by people: factor, decimals, unit.
 _FORMS = {
     "accuracy": (100.0, 2, " %"),
@@ -41,7 +43,15 @@ def train(config: Path, output: Path | None, restart: bool, as_json: bool) -> No
         if not as_json:
             show.table("plan", ["matrix", "shape", "block", "bytes", "sensitivity", "forecast loss"], _rows(shares))
 
-    result = run(settings, folder, tell, restart, planned=planned)
+    lines = 0
+
+    def told(done: int, every: int) -> None:
+        nonlocal lines
+        if done == every or done // TOLD_EVERY > lines:
+            lines += 1
+            console.print(f"the teacher has translated {done:,} of {every:,} sentences to train on")
+
+    result = run(settings, folder, tell, restart, planned=planned, told=told)
     complaint = page.finish(result)
     if complaint:
         console.print(complaint)

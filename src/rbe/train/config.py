@@ -160,6 +160,7 @@ class Recipe:
             up for it, see `rbe.optim.rounds`.
         teacher: folder of a dense run whose outputs are learned too; relative to the configuration. For language also
             the folder of a model of transformers.
+        sequence_level: translation: the teacher's own translations are the targets, in place of the given ones.
         softness, weight: temperature and share of the teacher's outputs in the loss.
         rest_bits: 16 or 8 fold batch norms into the layers and store what is left beside the seeds so, see
             `rbe.nn.pack`; 32 leaves it as it is.
@@ -189,6 +190,7 @@ class Recipe:
     beam_share: float = 0.05
     phases: str = "one"
     teacher: str | None = None
+    sequence_level: bool = False
     softness: float = 4.0
     weight: float = 0.9
     rest_bits: int = 32
@@ -227,6 +229,8 @@ class Config:
         # Runs of before there was a choice go on.
         if self.train.dtype == "float32":
             del about["train"]["dtype"]
+        if not self.train.sequence_level:
+            del about["train"]["sequence_level"]
         if self.data.shrink == 1:
             del about["data"]["shrink"]
         return about

@@ -178,6 +178,8 @@ def _check(path: Path, config: Config) -> None:
         raise RbeError(f"train: {path}: [data] tokenizer is missing; name a folder with a tokenizer.json")
     if data.task != "images" and seeds.blocks:
         raise RbeError(f"train: {path}: [seeds] blocks is for networks of images; use [[seeds.layer]] patterns")
+    if config.train.sequence_level and (data.task != "translation" or config.train.teacher is None):
+        raise RbeError(f"train: {path}: [train] sequence_level is for translation with a teacher; leave it out")
     if config.train.batch == 1 and data.task == "images" and (model.kind == "resnet20" or model.norm == "batch"):
         raise RbeError(f"train: {path}: [train] batch is 1, of which batch norms learn nothing; give 2 or more")
     used = {seeds.format, *(layer.format for layer in seeds.layer if layer.format)}

@@ -52,6 +52,7 @@ def train(
     restart: bool = False,
     build: Build = networks.build,
     planned: Callable[[tuple[Share, ...]], object] | None = None,
+    told: Callable[[int, int], object] | None = None,
 ) -> Result:
     """Train a network, or go on where an interrupted run of the same configuration stood.
 
@@ -78,6 +79,7 @@ def train(
         build: makes the network in place of `networks.build`, for layers that are no seeds; a layer of its own kind
             has a method `stored`, see `networks.sizes`.
         planned: called with what each matrix gets, where the configuration has a number of bytes to divide.
+        told: called with the sentences that the teacher has translated so far, and all, where it does so first.
 
     Raises:
         RbeError: the data or the teacher are not there, the folder holds another run, or the loss is no number.
@@ -91,6 +93,13 @@ def train(
         torch.set_num_threads(config.train.threads)
     task = TASKS[config.data.task](config)
     teacher = _network(config, task, config.train.teacher)
+    targets: tuple[Tensor, ...] = ()
+    if config.train.sequence_level and isinstance(task, Translation) and teacher is not None:
+        if saved is None:
+            targets = task.told(teacher, told)
+        with store.sensible(out / CHECKPOINT):
+            targets = targets if saved is None else saved["targets"]
+            task.retell(*targets)
     # The network to start from is often the teacher.
     same = config.model.start == config.train.teacher
     source = teacher if same else _network(config, task, config.model.start)
@@ -107,7 +116,7 @@ def train(
         start(model, source)
     if teacher is not None:
         _check_teacher(config, teacher, model, task)
-    run = _Run(config, task, model, teacher, shares)
+    run = _Run(config, task, model, teacher, shares, targets)
     if saved is not None:
         with store.sensible(out / CHECKPOINT):
             run.restore(saved)
@@ -167,10 +176,17 @@ class _Run:
     """Everything that changes while a network is trained."""
 
     def __init__(
-        self, config: Config, task: Task, model: nn.Module, teacher: nn.Module | None, plan: tuple[Share, ...]
+        self,
+        config: Config,
+        task: Task,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        plan: tuple[Share, ...],
+        targets: tuple[Tensor, ...],
     ) -> None:
         recipe = config.train
-        self.config, self.task, self.model, self.teacher, self.plan = config, task, model, teacher, plan
+        self.config, self.task, self.model, self.teacher = config, task, model, teacher
+        self.plan, self.targets = plan, targets
         self.steps = task.steps
         self.optimizer = _optimizer(config, model, max(1, recipe.epochs) * task.steps)
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -228,6 +244,7 @@ class _Run:
             "history": [asdict(epoch) for epoch in self.history],
             "signs": self.signs,
             "plan": [share.to_json() for share in self.plan],
+            "targets": self.targets,
             "best": self.best,
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,

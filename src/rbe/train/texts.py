@@ -1,7 +1,7 @@
 """Networks for text, as torch has their layers; symbols in and out share one table, except in the LSTM."""
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,10 @@ class CharacterLSTM(nn.Module):
         return self.read(x)[0]
 
 
+# Keys and values of the positions before the one that is next, by attention.
+Kept: TypeAlias = dict[nn.Module, tuple[Tensor, Tensor]]
+
+
 class Attention(nn.Module):
     """Attention of several heads, to the same sequence or to another."""
 
@@ -45,13 +49,28 @@ class Attention(nn.Module):
         self.out = nn.Linear(size, size)
 
     def forward(
-        self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None, causal: bool = False
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        kept: Kept | None = None,
     ) -> Tensor:
-        """x (n, length, size) to the same; mask (n, 1, 1, length of the memory) is True where there is something."""
+        """x (n, length, size) to the same; mask (n, 1, 1, length of the memory) is True where there is something.
+
+        Where something is kept, x is one position after those before it, which it attends to.
+        """
         if memory is None:
             q, k, v = self.qkv(x).chunk(3, -1)
-        else:
+            if kept is not None:
+                if self in kept:
+                    k, v = (torch.cat((before, now), 1) for before, now in zip(kept[self], (k, v), strict=True))
+                kept[self], causal = (k, v), False
+        elif kept is None:
             q, (k, v) = self.q(x), self.kv(memory).chunk(2, -1)
+        else:
+            kept[self] = k, v = kept[self] if self in kept else self.kv(memory).chunk(2, -1)
+            q = self.q(x)
         # As x also under autocast: in bfloat16 torch's derivative for CPUs takes several times longer.
         q, k, v = (part.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
         with torch.autocast(x.device.type, enabled=False):
@@ -79,12 +98,13 @@ class Block(nn.Module):
         memory: Tensor | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
+        kept: Kept | None = None,
     ) -> Tensor:
-        """x (n, length, size); the mask is that of the memory where there is one."""
+        """x (n, length, size); the mask is that of the memory where there is one; `kept` as in `Attention`."""
         own = mask if memory is None else None
-        x = x + self.dropout(self.attention(self.norm1(x), mask=own, causal=causal))
+        x = x + self.dropout(self.attention(self.norm1(x), mask=own, causal=causal, kept=kept))
         if self.cross is not None and self.norm_cross is not None:
-            x = x + self.dropout(self.cross(self.norm_cross(x), memory, mask))
+            x = x + self.dropout(self.cross(self.norm_cross(x), memory, mask, kept=kept))
         y = functional.gelu(self.inner(self.norm2(x)), approximate="tanh")
         out: Tensor = x + self.dropout(self.outer(y))
         return out
@@ -109,10 +129,10 @@ class Translator(nn.Module):
         self.norm_in, self.norm_out = nn.LayerNorm(model.size), nn.LayerNorm(model.size)
         self.dropout = nn.Dropout(model.dropout)
 
-    def _enter(self, x: Tensor) -> Tensor:
+    def _enter(self, x: Tensor, at: int = 0) -> Tensor:
         y: Tensor = self.embed(x)
         y = y * math.sqrt(y.shape[-1])
-        places = sinusoids(torch.arange(x.shape[1]), y.shape[-1]).to(y.dtype)
+        places = sinusoids(torch.arange(at, at + x.shape[1]), y.shape[-1]).to(y.dtype)
         out: Tensor = self.dropout(y + places)
         return out
 
@@ -130,6 +150,17 @@ class Translator(nn.Module):
         for block in self.decoder:
             x = block(x, memory, there, causal=True)
         return scores(self.embed, self.norm_out(x))
+
+    def follow(self, symbol: Tensor, at: int, memory: Tensor, there: Tensor, kept: Kept) -> Tensor:
+        """Symbols (n,) at a position to the scores of what comes after them, (n, vocabulary).
+
+        Args:
+            kept: of the positions before; empty at the first. It is added to.
+        """
+        x = self._enter(symbol[:, None], at)
+        for block in self.decoder:
+            x = block(x, memory, there, kept=kept)
+        return scores(self.embed, self.norm_out(x[:, 0]))
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """Both sequences to the scores of what comes after each symbol of the target."""

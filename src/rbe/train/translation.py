@@ -1,6 +1,6 @@
 """Sentences into another language: BLEU."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rbe.train.config import Config
 from rbe.train.language import tokenizers
 from rbe.train.reading import find
 from rbe.train.task import NOTHING, Batch, Split, Task, check_symbols
+from rbe.train.texts import Kept
 
 PAD, BEGIN, END = 0, 1, 2
 SOURCE, TARGET = "de", "en"
@@ -75,36 +76,67 @@ class Translation(Task):
             source, wanted = source[: self.config.data.validation], wanted[: self.config.data.validation]
         return float(_sacrebleu().corpus_bleu(self.translate(model, source), [list(wanted)]).score)
 
-    @torch.no_grad()
-    def translate(self, model: nn.Module, sentences: list[str], batch: int = 200) -> list[str]:
+    def translate(self, model: nn.Module, sentences: list[str]) -> list[str]:
         """Always the likeliest next subword."""
-        training = model.training
-        model.eval()
         codes = [torch.tensor(code.ids or [END]) for code in self.tokenizer.encode_batch(sentences)]
-        order = sorted(range(len(codes)), key=lambda k: len(codes[k]))
-        out: list[str] = [""] * len(codes)
-        for k in range(0, len(order), batch):
-            chosen = order[k : k + batch]
-            source = pad_sequence([codes[i] for i in chosen], batch_first=True, padding_value=PAD)
-            texts = self.tokenizer.decode_batch(_greedy(model, source).tolist())
-            for i, text in zip(chosen, texts, strict=True):
-                out[i] = text
-        model.train(training)
-        return out
+        made: list[str] = self.tokenizer.decode_batch([code.tolist() for code in _translate(model, codes)])
+        return made
+
+    def told(self, teacher: nn.Module, tell: Callable[[int, int], object] | None = None) -> tuple[Tensor, Tensor]:
+        """What a teacher makes of the sentences to train on.
+
+        Args:
+            tell: called now and then with the sentences done, and all.
+
+        Returns:
+            subwords of all translations one after another, and how many each has.
+        """
+        made = _translate(teacher, [source for source, _ in self.pairs], tell)
+        return torch.cat(made), torch.tensor([len(one) for one in made])
+
+    def retell(self, symbols: Tensor, counts: Tensor) -> None:
+        """Learn what `told` returned, in place of the translations that were given.
+
+        Source: Kim and Rush, Sequence-Level Knowledge Distillation, 2016, section 3.2.
+        """
+        targets = symbols.split(counts.tolist())
+        self.pairs = [(source, target) for (source, _), target in zip(self.pairs, targets, strict=True)]
+
+
+@torch.no_grad()
+def _translate(
+    model: nn.Module, codes: list[Tensor], tell: Callable[[int, int], object] | None = None, batch: int = 200
+) -> list[Tensor]:
+    """Subwords of sentences to those of their translations, without an end."""
+    training = model.training
+    model.eval()
+    order = sorted(range(len(codes)), key=lambda k: len(codes[k]))
+    out = list(codes)
+    for k in range(0, len(order), batch):
+        chosen = order[k : k + batch]
+        source = pad_sequence([codes[i] for i in chosen], batch_first=True, padding_value=PAD)
+        for i, made in zip(chosen, _greedy(model, source), strict=True):
+            out[i] = made[made > END].clone()
+        if tell is not None:
+            tell(k + len(chosen), len(order))
+    model.train(training)
+    return out
 
 
 def _greedy(model: Any, source: Tensor) -> Tensor:
-    memory, empty = model.encode(source)
-    made = torch.full((len(source), 1), BEGIN)
+    memory, there = model.encode(source)
+    symbol = torch.full((len(source),), BEGIN)
     going = torch.ones(len(source), dtype=torch.bool)
-    for _ in range(2 * source.shape[1] + MORE):
-        chosen = model.decode(made, memory, empty)[:, -1].argmax(-1)
-        chosen = torch.where(going, chosen, PAD)
-        made = torch.cat((made, chosen[:, None]), 1)
-        going &= chosen != END
+    made: list[Tensor] = []
+    kept: Kept = {}
+    for at in range(2 * source.shape[1] + MORE):
+        symbol = model.follow(symbol, at, memory, there, kept).argmax(-1)
+        symbol = torch.where(going, symbol, PAD)
+        made.append(symbol)
+        going &= symbol != END
         if not going.any():
             break
-    return made
+    return torch.stack(made, 1)
 
 
 def _learn(lines: list[str], size: int) -> Any:
