@@ -13,6 +13,7 @@ import torch
 import transformers
 from PIL import Image
 from torch import nn
+from torch.nn import functional
 
 from rbe.errors import RbeError
 from rbe.nn import Seeded, Stream, StreamEmbedding
@@ -23,8 +24,8 @@ from rbe.train.data import load as load_images
 from rbe.train.language import adopt
 from rbe.train.networks import build, sizes
 from rbe.train.run import TASKS
-from rbe.train.texts import Block, Gpt, Translator
-from rbe.train.translation import BEGIN, Translation, _greedy
+from rbe.train.texts import Block, Gpt, Kept, Translator
+from rbe.train.translation import END, Translation, _greedy
 
 Make = Callable[[], Config]
 
@@ -229,23 +230,41 @@ def test_a_teacher_tells_every_sentence_in_its_place(pairs: Config, tmp_path: Pa
     symbols, counts = task.told(teacher, lambda *n: done.append(n))
     assert done == [(200, 400), (400, 400)]
     task.retell(symbols, counts)
-    given = [task.tokenizer.decode(source.tolist()) for source, _ in task.pairs]
-    assert [task.tokenizer.decode(target.tolist()) for _, target in task.pairs] == task.translate(teacher, given)
+    said: dict[str, set[str]] = {}
+    for source, target in task.pairs:
+        said.setdefault(task.tokenizer.decode(source.tolist()), set()).add(task.tokenizer.decode(target.tolist()))
+    assert {german: [english] for german, english in zip(said, task.translate(teacher, list(said)), strict=True)} == {
+        german: list(english) for german, english in said.items()
+    }
+    assert len(said) == 5
+    assert len(set(map(str, said.values()))) > 2
 
 
-def test_greedy_translations_take_the_likeliest_subword_at_every_place() -> None:
-    """What is kept of the positions before says the same as reading the whole sentence again."""
+def test_what_is_kept_of_positions_says_the_same_as_reading_all_of_them_again() -> None:
     torch.manual_seed(0)
     model = Translator(Model(vocabulary=20, layers=2, size=16, heads=2, inner=32)).eval()
-    nn.init.normal_(model.embed.weight)
-    source = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]])
+    source, target = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]]), torch.randint(3, 20, (2, 7))
+    kept: Kept = {}
     with torch.no_grad():
-        made = _greedy(model, source)
-        scores = model(source, torch.cat((torch.full((2, 1), BEGIN), made[:, :-1]), 1))
-    for line, wanted in zip(made, scores.argmax(-1), strict=True):
-        length = (line != 0).sum()
-        assert length > 3
-        assert line[:length].equal(wanted[:length])
+        memory, there = model.encode(source)
+        scores = [model.follow(target[:, at], at, memory, there, kept) for at in range(7)]
+        wanted = model(source, target)
+    assert torch.stack(scores, 1).allclose(wanted, atol=1e-5)
+
+
+def test_nothing_follows_the_end_of_a_translation() -> None:
+    class Says(nn.Module):
+        """One sentence ends after two subwords, the other after four."""
+
+        def encode(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return source, source
+
+        def follow(self, symbol: torch.Tensor, at: int, *_: object) -> torch.Tensor:
+            says = torch.tensor([END if at in (2, 4) else 5 + at, END if at == 4 else 5 + at])
+            return functional.one_hot(says, 20).float()
+
+    made = _greedy(Says(), torch.tensor([[5, 6], [7, 8]]))
+    assert made.tolist() == [[5, 6, END, 0, 0], [5, 6, 7, 8, END]]
 
 
 def test_translation_in_seeds(pairs: Config, tmp_path: Path) -> None:

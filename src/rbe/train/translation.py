@@ -99,7 +99,7 @@ class Translation(Task):
 
         Source: Kim and Rush, Sequence-Level Knowledge Distillation, 2016, section 3.2.
         """
-        targets = symbols.split(counts.tolist())
+        targets = torch.split(symbols, counts.tolist())
         self.pairs = [(source, target) for (source, _), target in zip(self.pairs, targets, strict=True)]
 
 
