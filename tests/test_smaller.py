@@ -25,6 +25,8 @@ def test_every_matrix_has_few_values_and_learns(bits: int) -> None:
 def test_a_recurrent_layer_is_torchs_with_the_same_weights() -> None:
     like = nn.LSTM(5, 8, 2, batch_first=True)
     few = FewBitLSTM(like, 2)
+    some = torch.randn(3, 7, 5)
+    assert not few(some)[0].allclose(like(some)[0])
     for grid, p in zip(few.grids, list(like.parameters()), strict=True):
         p.data = grid(p).detach()
         assert p.ndim < 2 or len(p.unique()) <= 4

@@ -125,3 +125,16 @@ def test_pixels_of_a_row_go_together_where_a_picture_is_square(columns: int, cel
 def test_the_forecast_knows_of_stages() -> None:
     weight = torch.randn(64, 64)
     assert budget._lost(weight, 16, 2) < 0.95 * budget._lost(weight, 16, 1)
+
+
+def test_a_plan_of_stages_promises_less_loss() -> None:
+    model, recipe = Model(widths=(64, 64, 2)), Recipe(batch=64)
+    losses = []
+    for stages in (1, 2):
+        layer = (Layer("linear1", block=16, stages=stages),)
+        config = Config("b", Data(""), model, Seeds(bytes=3000, layer=layer), recipe)
+        losses.append(budget.plan(config, Planted(config), None)[0])
+    one, two = losses
+    assert one.name == two.name == "linear1"
+    assert two.bytes == 2 * one.bytes
+    assert two.loss / two.sensitivity < 0.95 * one.loss / one.sensitivity

@@ -47,9 +47,11 @@ def test_a_run_that_is_interrupted_at_every_step(
     whole = train(config, tmp_path / "whole", told.append)
     monkeypatch.setattr(run, "EVERY", -1.0)
     seen: list[Progress] = []
+    again: list[Progress] = []
 
     def stop(p: Progress) -> None:
         if seen and seen[-1].epoch == p.epochs:
+            again.append(p)
             return  # a run that is restored when all epochs are done says so once more, for its page
         seen.append(p)
         raise Stopped
@@ -64,6 +66,7 @@ def test_a_run_that_is_interrupted_at_every_step(
     one, two = load(tmp_path / "whole").state_dict(), load(tmp_path / "part").state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert seen[-1].history == told[-1].history
+    assert [p.history for p in again] == [told[-1].history]
     assert len(seen) == len(whole.curve) * seen[0].steps > 2 * len(whole.curve)
     assert [p.step for p in seen[: seen[0].steps + 1]] == [*range(1, seen[0].steps), 0, 1]
     assert (seen[0].validation, seen[0].best) == (None, None)

@@ -290,6 +290,9 @@ def test_translation_in_streams_with_bytes_of_two_groups(pairs: Config, tmp_path
     assert sum(wide) <= 700
     assert sum(found.values()) - sum(wide) <= 1500
     assert result.seed_bytes == sum(found.values()) + 4 * 285 * 32
+    assert {part.pattern: part.bytes for part in result.parts} == {
+        "*.[io]*er": sum(wide), "": sum(found.values()) - sum(wide), "embed": 4 * 285 * 32,
+    }  # fmt: skip
     table = replace(config, seeds=replace(config.seeds, layer=(Layer("embed", bytes=2000),)))
     made = build(table).embed
     assert isinstance(made, StreamEmbedding)

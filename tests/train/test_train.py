@@ -416,3 +416,11 @@ def test_the_command_writes_a_page_and_one_line(
     for part in ("<svg", "signs that have turned", "learning rates", "validation accuracy", "4 / 4"):
         assert part in page
     assert "<script" not in page
+    assert 'http-equiv="refresh"' not in page  # only that of a run which goes on is read anew
+
+
+def test_the_page_of_a_run_that_goes_on_is_read_anew(write: Write, tmp_path: Path) -> None:
+    config = load_config(write(QUICK))
+    page = learn._Page(config, tmp_path)
+    train(config, tmp_path / "out", page.update)
+    assert 'http-equiv="refresh"' in (tmp_path / learn.PAGE).read_text()
