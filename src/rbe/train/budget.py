@@ -114,7 +114,8 @@ def plan(config: Config, task: Task, teacher: nn.Module | None) -> tuple[Share, 
         if made.format == "dense":
             fixed += 4 * weight.numel()
             continue
-        own = made != config.seeds
+        # Also where what it asks for is what all have.
+        own = any(fnmatchcase(name, layer.pattern) for layer in config.seeds.layer)
         edges = (made.block,) if own else EDGES
         options[name] = [
             Choice(
