@@ -222,6 +222,63 @@ def test_a_student_of_sequences_learns_what_its_teacher_says(
     assert said == [" one", " one"]
 
 
+def test_a_student_with_its_own_teacher_and_data_that_changed(pairs: Config, tmp_path: Path) -> None:
+    dense = replace(pairs, seeds=Seeds("dense"))
+    train(dense, tmp_path / "teacher")
+    student = replace(dense, train=replace(pairs.train, teacher="teacher", sequence_level=True))
+    assert student.to_json()["train"]["sequence_level"] is True
+    assert "sequence_level" not in dense.to_json()["train"]  # runs of before there was a choice are still known
+    told: list[tuple[int, int]] = []
+
+    def stop(p: object) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        train(student, tmp_path / "out", stop, told=lambda *n: told.append(n))
+    assert told == [(200, 400), (400, 400)]
+    texts = [tmp_path / f"train.{side}.txt" for side in ("de", "en")]
+    whole = [text.read_text() for text in texts]
+    for text, lines in zip(texts, whole, strict=True):
+        text.write_text("".join(lines.splitlines(True)[:380]))
+    with pytest.raises(RbeError, match="380 examples to train on, and were 400"):
+        train(student, tmp_path / "out")
+    for text, lines in zip(texts, whole, strict=True):
+        text.write_text(lines)
+    assert train(student, tmp_path / "out").value > 50
+    # Nothing is translated where nothing is learned.
+    told.clear()
+    measured = replace(student, model=replace(student.model, start="teacher"), train=replace(student.train, epochs=0))
+    train(measured, tmp_path / "measured", told=lambda *n: told.append(n))
+    assert not told
+
+
+def test_who_cannot_translate_is_refused_before_anything_is_translated(
+    pairs: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = replace(pairs, seeds=Seeds("dense"))
+    train(replace(dense, train=replace(pairs.train, epochs=1, steps=1)), tmp_path / "teacher")
+    taught = replace(dense, train=replace(pairs.train, teacher="teacher", sequence_level=True))
+    alone = replace(taught, train=replace(taught.train, teacher=None))
+    with pytest.raises(RbeError, match="sequence_level is for translation with a teacher"):
+        train(alone, tmp_path / "out")
+
+    class Mute(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(285, 285)
+
+        def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return self.embed(target)
+
+    monkeypatch.setattr(Translation, "told", lambda *_: pytest.fail("translated"))
+    with pytest.raises(RbeError, match="the network cannot translate: Mute has no `encode`"):
+        train(dense, tmp_path / "out", build=lambda _: Mute())
+    monkeypatch.setattr("rbe.train.run.load", lambda _: Mute())
+    with pytest.raises(RbeError, match="the teacher cannot translate: Mute"):
+        train(taught, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_teacher_tells_every_sentence_in_its_place(pairs: Config, tmp_path: Path) -> None:
     config = replace(pairs, seeds=Seeds("dense"))
     train(config, tmp_path / "out")
@@ -243,6 +300,7 @@ def test_a_teacher_tells_every_sentence_in_its_place(pairs: Config, tmp_path: Pa
 def test_what_is_kept_of_positions_says_the_same_as_reading_all_of_them_again() -> None:
     torch.manual_seed(0)
     model = Translator(Model(vocabulary=20, layers=2, size=16, heads=2, inner=32)).eval()
+    model.decoder.append(model.decoder[0])  # a block can come twice
     source, target = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]]), torch.randint(3, 20, (2, 7))
     kept: Kept = {}
     with torch.no_grad():

@@ -323,6 +323,7 @@ def test_norms_are_measured_anew_for_validation(write: Write, tmp_path: Path) ->
         ("[train]\nepochs = 'many'\n", "must be int"),
         ("[train]\nepochs = 0\n", "must be positive"),
         ("[train]\nrest_bits = 4\n", "rest_bits is 4"),
+        ("[train]\nsequence_level = true\n", "sequence_level is for translation with a teacher"),
         ("[seeds]\nformat = 'dense'\n[train]\nrest_bits = 8\n", "32 for a dense network"),
         ("[seeds]\nformat = 'stream'\nbytes = 99\n[train]\ndense_lr = 0.0\n", "dense_lr is 0"),
         ("[seeds]\nformat = 'trellis'\n", "choose one of"),

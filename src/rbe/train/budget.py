@@ -115,8 +115,9 @@ def plan(config: Config, task: Task, teacher: nn.Module | None) -> tuple[Share, 
         if made.format == "dense":
             fixed += 4 * weight.numel()
             continue
-        # Also where what it asks for is what all have.
-        own = any(fnmatchcase(name, layer.pattern) for layer in config.seeds.layer)
+        # A block that a pattern asks for stays, also where it is that of all.
+        asked = any(layer.block is not None and fnmatchcase(name, layer.pattern) for layer in config.seeds.layer)
+        own = asked or made != config.seeds
         edges = (made.block,) if own else EDGES
         options[name] = [
             Choice(

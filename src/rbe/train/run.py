@@ -77,7 +77,8 @@ def train(
         tell: called after every epoch, and within one every two minutes.
         restart: throw away what is in the folder.
         build: makes the network in place of `networks.build`, for layers that are no seeds; a layer of its own kind
-            has a method `stored`, see `networks.sizes`.
+            has a method `stored`, see `networks.sizes`. For translation the network has `encode` and `follow` as
+            `rbe.train.texts.Translator`.
         planned: called with what each matrix gets, where the configuration has a number of bytes to divide.
         told: called with the sentences that the teacher has translated so far, and all, where it does so first.
 
@@ -92,14 +93,9 @@ def train(
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     task = TASKS[config.data.task](config)
+    if saved is not None:
+        _check_examples(task, saved)
     teacher = _network(config, task, config.train.teacher)
-    targets: tuple[Tensor, ...] = ()
-    if config.train.sequence_level and isinstance(task, Translation) and teacher is not None:
-        if saved is None:
-            targets = task.told(teacher, told)
-        with store.sensible(out / CHECKPOINT):
-            targets = targets if saved is None else saved["targets"]
-            task.retell(*targets)
     # The network to start from is often the teacher.
     same = config.model.start == config.train.teacher
     source = teacher if same else _network(config, task, config.model.start)
@@ -116,14 +112,22 @@ def train(
         start(model, source)
     if teacher is not None:
         _check_teacher(config, teacher, model, task)
-    run = _Run(config, task, model, teacher, shares, targets)
-    if saved is not None:
-        with store.sensible(out / CHECKPOINT):
-            run.restore(saved)
+    _check_sequences(config, task, teacher, model)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
         raise RbeError(f"train: {out} cannot be made ({cause.strerror}); choose another folder") from cause
+    targets: tuple[Tensor, ...] = ()
+    if config.train.sequence_level and config.train.epochs and isinstance(task, Translation) and teacher is not None:
+        if saved is None:
+            targets = task.told(teacher, told)
+        with store.sensible(out / CHECKPOINT):
+            targets = targets if saved is None else saved["targets"]
+            task.retell(*targets)
+    run = _Run(config, task, model, teacher, shares, targets)
+    if saved is not None:
+        with store.sensible(out / CHECKPOINT):
+            run.restore(saved)
     if not config.train.epochs:
         run.judge(0.0)
 
@@ -170,6 +174,27 @@ def _check_teacher(config: Config, teacher: nn.Module, model: nn.Module, task: T
         raise RbeError(
             f"train: the teacher {place} has {given.shape[-1]} classes, this network {own.shape[-1]}; name another"
         )
+
+
+def _check_examples(task: Task, saved: dict[str, Any]) -> None:
+    there, then = task.examples, saved.get("examples", task.examples)
+    if there != then:
+        raise RbeError(
+            f"train: there are {there} examples to train on, and were {then} when the run was interrupted; put the "
+            "data back, or start anew with --restart"
+        )
+
+
+def _check_sequences(config: Config, task: Task, teacher: nn.Module | None, model: nn.Module) -> None:
+    if config.train.sequence_level and (not isinstance(task, Translation) or teacher is None):
+        raise RbeError("train: [train] sequence_level is for translation with a teacher; leave it out")
+    for what, network in (("network", model), ("teacher", teacher)):
+        needed = what == "network" or config.train.sequence_level
+        if isinstance(task, Translation) and network is not None and needed and not hasattr(network, "follow"):
+            raise RbeError(
+                f"train: the {what} cannot translate: {type(network).__name__} has no `encode` and `follow` as "
+                "rbe.train.texts.Translator has them"
+            )
 
 
 class _Run:
@@ -252,12 +277,6 @@ class _Run:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        there, then = self.task.examples, state.get("examples", self.task.examples)
-        if there != then:
-            raise RbeError(
-                f"train: there are {there} examples to train on, and were {then} when the run was interrupted; put the "
-                "data back, or start anew with --restart"
-            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

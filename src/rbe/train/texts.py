@@ -32,8 +32,10 @@ class CharacterLSTM(nn.Module):
         return self.read(x)[0]
 
 
-# Keys and values of the positions before the one that is next, by attention.
-Kept: TypeAlias = dict[nn.Module, tuple[Tensor, Tensor]]
+# Keys and values of the positions before the one that is next, by attention of a block; and by the number of the block,
+# for blocks can be one and the same.
+KeptOfBlock: TypeAlias = dict[nn.Module, tuple[Tensor, Tensor]]
+Kept: TypeAlias = dict[int, KeptOfBlock]
 
 
 class Attention(nn.Module):
@@ -54,7 +56,7 @@ class Attention(nn.Module):
         memory: Tensor | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
-        kept: Kept | None = None,
+        kept: KeptOfBlock | None = None,
     ) -> Tensor:
         """x (n, length, size) to the same; mask (n, 1, 1, length of the memory) is True where there is something.
 
@@ -98,7 +100,7 @@ class Block(nn.Module):
         memory: Tensor | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
-        kept: Kept | None = None,
+        kept: KeptOfBlock | None = None,
     ) -> Tensor:
         """x (n, length, size); the mask is that of the memory where there is one; `kept` as in `Attention`."""
         own = mask if memory is None else None
@@ -158,8 +160,8 @@ class Translator(nn.Module):
             kept: of the positions before; empty at the first. It is added to.
         """
         x = self._enter(symbol[:, None], at)
-        for block in self.decoder:
-            x = block(x, memory, there, kept=kept)
+        for number, block in enumerate(self.decoder):
+            x = block(x, memory, there, kept=kept.setdefault(number, {}))
         return scores(self.embed, self.norm_out(x[:, 0]))
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
