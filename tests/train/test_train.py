@@ -1,6 +1,7 @@
 """Training runs from a configuration: what they refuse, that they learn, resume exactly and count every byte."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -418,6 +419,21 @@ def test_the_command_writes_a_page_and_one_line(
         assert part in page
     assert "<script" not in page
     assert 'http-equiv="refresh"' not in page  # only that of a run which goes on is read anew
+
+
+def test_the_command_says_how_far_the_teacher_has_translated(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object, told: Callable[[int, int], object], **__: object) -> None:
+        for done in range(200, 12_001, 200):
+            told(done, 12_000)
+        raise Stopped
+
+    monkeypatch.setattr(learn, "run", run)
+    with pytest.raises(Stopped):
+        learn.train(write(QUICK), tmp_path / "out", False, True)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[4] for line in lines] == ["5,000", "10,000", "12,000"]
 
 
 def test_the_page_of_a_run_that_goes_on_is_read_anew(write: Write, tmp_path: Path) -> None:
