@@ -81,7 +81,7 @@ def main() -> None:
             flush=True,
         )
     path = FOLDER / f"{args.name} of {epochs} epochs.png"
-    draw(path, row.task, points, reference)
+    draw(path, row.task.rpartition(",")[0], points, reference)  # without the ratio of the row
     print(f"\n{path}")
 
 
