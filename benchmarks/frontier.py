@@ -42,7 +42,7 @@ def point(name: str, ratio: float, epochs: int) -> Result:
     return train(config, FOLDER / label, say(label))
 
 
-def draw(path: Path, task: str, points: Sequence[Result], reference: Result) -> None:
+def draw(path: Path, name: str, points: Sequence[Result], reference: Result) -> None:
     """The metric against seed bytes."""
     from matplotlib.figure import Figure
 
@@ -51,7 +51,7 @@ def draw(path: Path, task: str, points: Sequence[Result], reference: Result) -> 
     axes = figure.subplots()
     axes.plot(*zip(*sorted((r.seed_bytes, factor * r.value) for r in points), strict=True), "o-", label="streams")
     axes.axhline(factor * reference.value, color="k", linestyle="--", label=f"dense, {reference.seed_bytes:,} bytes")
-    axes.set(xscale="log", xlabel="seed bytes", ylabel=f"{reference.metric} on test", title=task)
+    axes.set(xscale="log", xlabel="seed bytes", ylabel=f"{reference.metric} on test", title=name)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -81,7 +81,7 @@ def main() -> None:
             flush=True,
         )
     path = FOLDER / f"{args.name} of {epochs} epochs.png"
-    draw(path, row.task.rpartition(",")[0], points, reference)  # without the ratio of the row
+    draw(path, args.name, points, reference)
     print(f"\n{path}")
 
 
