@@ -4,7 +4,8 @@
 
 The widest network whose matrices, at 4, 2 or 1 bits a weight (quantisation-aware training, straight through, with a
 learned step a matrix), and everything else in float16 fit the whole bytes of the finished run in seeds. It has the same
-data, the same teacher, the recipe of the dense run, and the epochs of the dense run and of the run in seeds together.
+data, the same teacher, the recipe of the dense run, and the epochs of the dense run (and of what that one starts from)
+and of the run in seeds together.
 Bits, learning rate and weight decay are chosen on validation, in runs of a share of these epochs. What is no matrix is
 measured in float32, which favours the peer. Runs are kept in runs/smaller and go on where they were interrupted.
 """
@@ -13,6 +14,7 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,10 +158,18 @@ def tuned(row: Row, whole: int, epochs: int) -> dict[str, Any]:
     return best
 
 
+def spent(dense_run: str) -> float:
+    """Epochs of a dense run and of the one it starts from; images shrunk by n count 1 / n^2, as they are less work."""
+    config = load_config(EXAMPLES / f"{dense_run}.toml")
+    epochs = config.train.epochs / config.data.shrink**2
+    if dense_run in GIVEN:
+        return GIVEN[dense_run]
+    return epochs + (spent(Path(config.model.start).name) if config.model.start else 0.0)
+
+
 def line(row: Row, share: float, epochs_own: int | None) -> str:
     own = run(row.seeds, 0, epochs_own)
-    dense_epochs = load_config(EXAMPLES / f"{row.dense}.toml").train.epochs or GIVEN[row.dense]
-    epochs = dense_epochs + len(own.curve)
+    epochs = math.ceil(spent(row.dense)) + len(own.curve)
     settings = tuned(row, own.bytes, max(1, round(share * epochs)))
     result, size, nbytes = peer(row, own.bytes, settings, epochs)
     factor, decimals = FORMS[own.metric]

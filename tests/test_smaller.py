@@ -6,7 +6,7 @@ from torch import nn
 
 from benchmarks import frontier
 from benchmarks.headline import EXAMPLES
-from benchmarks.smaller import BITS, NAMES, FewBitLSTM, few_bits, sized, stored, widest
+from benchmarks.smaller import BITS, NAMES, FewBitLSTM, few_bits, sized, spent, stored, widest
 from rbe.errors import RbeError
 from rbe.train import load_config
 
@@ -56,3 +56,10 @@ def test_the_widest_network_that_fits(name: str) -> None:
 def test_a_frontier_has_one_number_of_bytes() -> None:
     with pytest.raises(RbeError, match="divides its bytes among groups"):
         frontier.point("multi30k-stream", 100, 1)
+
+
+def test_the_epochs_that_a_dense_network_took() -> None:
+    assert spent("resnet20-dense") == 30
+    # 3, and 6 of images of half the height and width.
+    assert spent("resnet20x4-dense") == 4.5
+    assert spent("gpt-dense") == 27

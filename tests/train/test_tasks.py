@@ -1,7 +1,9 @@
 """Every task end to end on a small problem, dense and in seeds, and what it refuses."""
 
 import io
+import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -429,8 +431,33 @@ def test_a_model_of_transformers_is_measured_and_teaches(language: Config, tmp_p
     with pytest.raises(RbeError, match="cannot be read"):
         train(replace(student, train=replace(student.train, teacher=".")), tmp_path / "other")
     wrong = replace(config, model=replace(config.model, size=16))
-    with pytest.raises(RbeError, match="here it is"):
+    with pytest.raises(RbeError, match="use its shape"):
         train(wrong, tmp_path / "wrong")
+    wrong = replace(config, model=replace(config.model, layers=1))
+    with pytest.raises(RbeError, match="has a matrix blocks"):
+        train(wrong, tmp_path / "wrong")
+    wrong = replace(config, model=replace(config.model, heads=4))
+    with pytest.raises(RbeError, match="2 heads, here 4"):
+        train(wrong, tmp_path / "wrong")
+    small = replace(student.model, size=16, heads=4, layers=1, inner=24)  # than its teacher
+    assert isinstance(train(replace(student, model=small), tmp_path / "small"), Result)
+    short = replace(config, data=replace(config.data, length=8))  # than the places of the given model
+    assert train(short, tmp_path / "short").value == pytest.approx(result.value, rel=0.2)
+    assert load(tmp_path / "short").place.weight.shape == (8, 32)
+    for key, value, message in (
+        ("n_embd", None, "cannot be read"),
+        ("n_embd", 0, "no GPT-2 model"),
+        ("n_head", 5, "no GPT-2 model"),
+        ("activation_function", "relu", "only gelu_new"),
+        ("layer_norm_epsilon", 1e-3, "only gelu_new"),
+        ("n_embd", 16, "here it is"),
+    ):
+        about = json.loads((tmp_path / "given" / "config.json").read_bytes())
+        (tmp_path / "other").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "given" / "model.safetensors", tmp_path / "other")
+        (tmp_path / "other" / "config.json").write_text(json.dumps({**about, key: value}))
+        with pytest.raises(RbeError, match=message):
+            train(replace(student, train=replace(student.train, teacher="other")), tmp_path / "out")
 
 
 def test_what_the_data_does_not_fit(

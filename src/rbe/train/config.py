@@ -159,7 +159,7 @@ class Recipe:
             `rbe.optim.three_phases`; "rounds": outer128, in the second half ever more signs are held and the rest makes
             up for it, see `rbe.optim.rounds`.
         teacher: folder of a dense run whose outputs are learned too; relative to the configuration. For language also
-            the folder of a model of transformers.
+            the folder of a GPT-2 model of transformers, of any size.
         sequence_level: translation: the teacher's own translations are the targets, in place of the given ones.
         softness, weight: temperature and share of the teacher's outputs in the loss.
         rest_bits: 16 or 8 fold batch norms into the layers and store what is left beside the seeds so, see

@@ -1,7 +1,9 @@
 """The next token of a text: perplexity per token in windows that do not overlap."""
 
+import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rbe.errors import RbeError
-from rbe.train.config import Config
+from rbe.train.config import Config, Model
 from rbe.train.networks import dense
 from rbe.train.reading import find
 from rbe.train.task import Batch, Split, Task, check_symbols
@@ -85,9 +87,10 @@ class Language(Task):
         return math.exp(min(total / windows[:, 1:].numel(), 700.0))
 
     def foreign(self, folder: str) -> nn.Module:
-        """The model of a GPT-2 folder of transformers, of the same shape."""
-        network = dense(self.config)
-        adopt(network, find(self.config, folder))
+        """The model of a GPT-2 folder of transformers, of whatever size."""
+        path = find(self.config, folder)
+        network = dense(replace(self.config, model=named_sizes(self.config.model, path)))
+        adopt(network, path)
         return network.eval().requires_grad_(False)
 
 
@@ -102,8 +105,36 @@ def _tokens(tokenizer: Any, path: Path) -> Tensor:
     return torch.tensor([code for one in tokenizer.encode_batch(lines) for code in one.ids])
 
 
+def named_sizes(model: Model, folder: Path) -> Model:
+    """The sizes that a GPT-2 folder of transformers names.
+
+    Raises:
+        RbeError: it names none, or another architecture than `Gpt` computes.
+    """
+    path = folder / "config.json"
+    try:
+        named = json.loads(path.read_bytes())
+        size, wide = int(named["n_embd"]), named.get("n_inner")
+        inner = 4 * size if wide is None else int(wide)
+        whole = [int(named[key]) for key in ("vocab_size", "n_layer", "n_head")]
+        eps, kind = float(named.get("layer_norm_epsilon", 1e-5)), named.get("activation_function", "gelu_new")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+        raise RbeError(f"train: {path} cannot be read ({cause!r}); name a GPT-2 folder of transformers") from cause
+    vocabulary, layers, heads = whole
+    if min(size, inner, *whole) < 1 or size % heads:
+        raise RbeError(f"train: {path} has size {size}, inner {inner}, {heads} heads, which is no GPT-2 model")
+    if kind not in ("gelu_new", "gelu_pytorch_tanh") or eps != 1e-5:
+        raise RbeError(
+            f"train: {path} has activation_function {kind} and layer_norm_epsilon {eps}; only gelu_new and 1e-5 are "
+            "computed here; name another folder"
+        )
+    return replace(model, vocabulary=vocabulary, layers=layers, size=size, heads=heads, inner=inner)
+
+
 def adopt(model: nn.Module, folder: Path) -> None:
     """Copy what a GPT-2 folder of transformers has into the dense tensors of a `Gpt`; seeds stay as they are.
+
+    Of places, as many as the windows are long.
 
     Raises:
         RbeError: the folder holds another architecture or other sizes.
@@ -124,6 +155,7 @@ def adopt(model: nn.Module, folder: Path) -> None:
             raise RbeError(f"train: {folder} has no {source}.{kind}; it must be a GPT-2 folder of transformers")
         tensor = tensor.float()
         tensor = tensor.T if kind == "weight" and ".c_" in f".{source}" else tensor
+        tensor = tensor[: len(parameter)] if part == "place" else tensor
         if tensor.shape != parameter.shape:
             raise RbeError(f"train: {folder}: {source}.{kind} is {tuple(tensor.shape)}, here it is {parameter.shape}")
         parameter.data.copy_(tensor)

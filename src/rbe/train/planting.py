@@ -119,25 +119,31 @@ def start(network: nn.Module, source: nn.Module) -> None:
     True
 
     Raises:
-        RbeError: a matrix of the network has none of its name and shape in the source.
+        RbeError: a matrix of one has none of its name and shape in the other, or attention other heads.
     """
     parts = dict(network.named_modules())
-    for name, module in source.named_modules():
-        if isinstance(module, _NORMS) and name not in parts:
-            raise RbeError(f"train: the network to start from has a norm {name}, this one has not; give it its norms")
     given = {m.name: m for m in matrices(source)}
     own = {m.name: tuple(m.weight.shape) for m in matrices(network)}
     own |= {name: m.shape for name, m in parts.items() if isinstance(m, Stream)}
+    for name in given:
+        if name not in parts and name not in own:
+            raise RbeError(f"train: the network to start from has a matrix {name}, this one has not; use its shape")
+    for name, module in source.named_modules():
+        if isinstance(module, _NORMS) and name not in parts:
+            raise RbeError(f"train: the network to start from has a norm {name}, this one has not; give it its norms")
+        theirs, here = getattr(module, "heads", None), getattr(parts.get(name), "heads", None)
+        if theirs != here and name in parts:
+            raise RbeError(f"train: {name} of the network to start from has {theirs} heads, here {here}; use as many")
     for name, shape in own.items():
         one = given.get(name)
         if one is None or shape not in (tuple(one.weight.shape), tuple(one.weight.flatten(1).shape)):
             there = "missing" if one is None else f"{tuple(one.weight.shape)}"
             raise RbeError(f"train: {name} is {shape}, but in the network to start from it is {there}; use its shape")
-    theirs = source.state_dict()
+    kept = source.state_dict()
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
-            if name in theirs and theirs[name].shape == tensor.shape:
-                tensor.copy_(theirs[name])
+            if name in kept and kept[name].shape == tensor.shape:
+                tensor.copy_(kept[name])
     _start(network, list(given.values()))
 
 
