@@ -425,3 +425,21 @@ def test_a_scale_moves_by_its_logarithm(size: float) -> None:
     layer.scale.grad = torch.tensor(5.0)
     optimizer.step()
     assert layer.scale.item() == pytest.approx(size * math.exp(-0.01), rel=1e-5)
+
+
+@pytest.mark.parametrize("pull", [0.0, 0.3])
+def test_clipping_is_of_the_norm_over_latents_angles_and_the_radii_that_train(pull: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Linear(16, 32, format="outer128", block=8), Linear(32, 16, format="outer128", block=8))
+    model[1].radius.requires_grad_(False)
+    model(torch.randn(4, 16)).square().sum().backward()
+    assert model[1].radius.grad is None
+    optimizer = HybridAdam(model, clip_norm=0.01, pull=pull, betas=(0.0, 0.999))
+    r = model[0].radius.detach().double()
+    parts = [m.latent.grad.double() for m in model] + [m.angle.grad.double() for m in model]
+    parts.append(model[0].radius.grad.double() + 2 * pull * r.atanh() / (1 - r * r))
+    norm = torch.cat([part.flatten() for part in parts]).norm()
+    optimizer.step()
+    for layer in model:
+        mean = optimizer.state[layer.latent]["mean"]
+        torch.testing.assert_close(mean, layer.latent.grad * float(0.01 / norm), rtol=1e-4, atol=0.0)
