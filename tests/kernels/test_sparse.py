@@ -88,7 +88,7 @@ def test_threads_change_nothing() -> None:
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         outputs.append([matrix.matmul(images.view(-1, 700)[:n], 1.0) for n in (1, 5, 27)])
-        outputs[-1] += [kernels.conv2d(images[:n], 1.0, (3, 3), (2, 2), (1, 1)) for n in (1, 3)]
+        outputs[-1] += [kernels.conv2d(images[:n], 1.0, (3, 3), (1, 1), (1, 1)) for n in (1, 2, 3)]
     torch.set_num_threads(before)
     for others in outputs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outputs[0], others, strict=True))
