@@ -1,4 +1,4 @@
-"""32-bit integer mixing, the same in torch, C++ and Triton (never a framework's random generator)."""
+"""32-bit integer mixing, the same in torch and C++ (never a framework's random generator)."""
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def signs(n: int, seed: int) -> Tensor:
     Returns:
         float32 (n,), entries +1 or -1.
 
-    Source: design 3.4.
+    Source: docs/format.md, Rotation.
     """
     bits = fmix32(torch.arange(n, dtype=torch.int64) ^ seed) & 1
     return (1 - 2 * bits).to(torch.float32)

@@ -1,4 +1,4 @@
-"""The rotation R_n that makes weights Gaussian: random signs, then Walsh-Hadamard transforms (design 3.4)."""
+"""The rotation R_n that makes weights Gaussian: random signs, then Walsh-Hadamard transforms (docs/format.md)."""
 
 import math
 

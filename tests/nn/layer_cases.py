@@ -14,6 +14,7 @@ OPEN: dict[str, dict[str, Any]] = {
     "packed64-whole": {"format": "packed64", "block": None, "precision": 64, "stages": 2},
     "radial": {"format": "packed128", "block": 4},
     "faithful": {"format": "packed128", "block": 4, "mode": "faithful"},
+    "outer128": {"format": "outer128", "block": 8},
 }
 EVERY: dict[str, dict[str, Any]] = {**OPEN, "trellis": {"format": "trellis", "rotation": (3, 5)}}
 
@@ -26,8 +27,12 @@ class Case:
     x: Callable[[], Tensor]
 
 
+# Their seeds make matrices only: biases and norms stay dense.
+NO_VECTORS = ("trellis", "outer128")
+
+
 def _seed(options: dict[str, Any]) -> bool | str:
-    return True if options["format"] == "trellis" else "seed"
+    return True if options["format"] in NO_VECTORS else "seed"
 
 
 def _block(options: dict[str, Any]) -> nn.Module:
@@ -42,16 +47,16 @@ CASES: dict[str, Case] = {
     "attention": Case(lambda o: rbe.nn.MultiheadAttention(8, 2, batch_first=True, **o), lambda: torch.randn(2, 3, 8)),
     "feedforward": Case(lambda o: rbe.nn.FeedForward(6, 7, "silu", bias=_seed(o), **o), lambda: torch.randn(3, 6)),
     "layernorm": Case(
-        lambda o: rbe.nn.LayerNorm(6, parameters="dense" if o["format"] == "trellis" else "seed", **o),
+        lambda o: rbe.nn.LayerNorm(6, parameters="dense" if o["format"] in NO_VECTORS else "seed", **o),
         lambda: torch.randn(3, 6),
     ),
     "rmsnorm": Case(
-        lambda o: rbe.nn.RMSNorm(6, parameters="dense" if o["format"] == "trellis" else "seed", **o),
+        lambda o: rbe.nn.RMSNorm(6, parameters="dense" if o["format"] in NO_VECTORS else "seed", **o),
         lambda: torch.randn(3, 6),
     ),
     "batchnorm": Case(
         lambda o: rbe.nn.BatchNorm1d(
-            6, track_running_stats=False, parameters="dense" if o["format"] == "trellis" else "seed", **o
+            6, track_running_stats=False, parameters="dense" if o["format"] in NO_VECTORS else "seed", **o
         ),
         lambda: torch.randn(5, 6),
     ),
@@ -66,9 +71,16 @@ CASES: dict[str, Case] = {
     "gru": Case(lambda o: rbe.nn.GRU(3, 4, num_layers=2, bias=_seed(o), **o), lambda: torch.randn(3, 2, 3)),
 }
 
-# Every layer in one format, and every operation (product, rows, decode, vector) in every format.
+# Every layer in one format, those with matrices in the one made for training, and every operation (product, rows,
+# decode, vector) in every format.
 PAIRS = [(name, "radial") for name in CASES]
-PAIRS += [(name, format) for format in OPEN if format != "radial" for name in ("linear", "embedding", "conv2d")]
+PAIRS += [(name, "outer128") for name in CASES if not name.endswith("norm")]
+PAIRS += [
+    (name, format)
+    for format in OPEN
+    if format not in ("radial", "outer128")
+    for name in ("linear", "embedding", "conv2d")
+]
 
 
 def make(name: str, format: str, seed: int = 0) -> tuple[nn.Module, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
-from layer_cases import EVERY, OPEN, close
+from layer_cases import EVERY, NO_VECTORS, OPEN, close
 from torch import Tensor, nn
 
 import rbe.nn
@@ -70,7 +70,7 @@ def test_every_setting_is_torchs(setting: str, sides: int) -> None:
 @pytest.mark.parametrize("kernel", [(3, 2), 1])
 def test_every_format(format: str, kernel: Any) -> None:
     torch.manual_seed(0)
-    bias = True if format == "trellis" else "seed"
+    bias = True if format in NO_VECTORS else "seed"
     layer = rbe.nn.Conv2d(6, 5, kernel, (2, 1), (1, 0) if kernel != 1 else 0, bias=bias, **EVERY[format])
     assert layer.spec.shape == (5, 36 if kernel != 1 else 6)
     check(layer, torch.randn(2, 6, 5, 6))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from layer_cases import OPEN, close
+from layer_cases import NO_VECTORS, OPEN, close
 from torch import Tensor, nn
 
 import rbe.nn
@@ -35,7 +35,7 @@ def grown(norm: Affine) -> Affine:
     return norm
 
 
-@pytest.mark.parametrize("format", ["dense", *(f for f in OPEN if f != "faithful")])
+@pytest.mark.parametrize("format", ["dense", *(f for f in OPEN if f != "faithful" and f not in NO_VECTORS)])
 def test_norms_equal_torchs_with_gradients(format: str) -> None:
     torch.manual_seed(0)
     options = {"parameters": "dense"} if format == "dense" else {"parameters": "seed", **OPEN[format]}
@@ -107,7 +107,7 @@ def test_a_fresh_printed_gain_is_about_one(options: dict[str, object]) -> None:
 def test_fresh_norms_are_nearly_plain() -> None:
     torch.manual_seed(0)
     for options in OPEN.values():
-        if options.get("mode") != "faithful":
+        if options.get("mode") != "faithful" and options["format"] not in NO_VECTORS:
             norm = rbe.nn.LayerNorm(64, parameters="seed", **options)
             gain, shift = norm.gain(), norm.shift()
             assert gain is not None and shift is not None
@@ -187,6 +187,8 @@ def test_wrong_choices_are_refused() -> None:
         rbe.nn.LayerNorm(8, formt="packed64")  # type: ignore[call-arg]
     with pytest.raises(RbeError, match="trellis"):
         rbe.nn.RMSNorm(8, parameters="seed", format="trellis")
+    with pytest.raises(RbeError, match="outer128 make blocks of a matrix, no vectors"):
+        rbe.nn.RMSNorm(8, parameters="seed", format="outer128")
     with pytest.raises(RbeError, match=r"last sides must be \(8,\)"):
         rbe.nn.LayerNorm(8)(torch.randn(8, 9))
     with pytest.raises(RbeError, match="4 channels"):

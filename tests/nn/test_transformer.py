@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layer_cases import EVERY, OPEN, close
+from layer_cases import EVERY, NO_VECTORS, OPEN, close
 from torch import nn
 
 import rbe.nn
@@ -40,7 +40,7 @@ def torchs(block: TransformerBlock, activation: str) -> nn.Module:
 
 
 def block(format: str, norm_first: bool, cross: bool, activation: str = "gelu") -> TransformerBlock:
-    bias = True if format == "trellis" or cross else "seed"
+    bias = True if format in NO_VECTORS or cross else "seed"
     return TransformerBlock(
         8, 2, 12, 0.0, activation, batch_first=True, norm_first=norm_first, bias=bias, attention_bias=True,
         cross_attention=cross, norm_parameters="seed" if format == "radial" else "dense", **EVERY[format],

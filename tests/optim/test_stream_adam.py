@@ -1,6 +1,7 @@
 """Training of streams under a number of bytes."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,6 +119,61 @@ def test_a_stream_may_get_its_first_gradient_late() -> None:
     steps(layers, optimizer, range(7, 20))
     steps(second, resumed, range(7, 20))
     assert all(torch.equal(a, b) for a, b in zip(layers.parameters(), second.parameters(), strict=True))
+
+
+def test_gradients_are_as_backward_left_them() -> None:
+    model, x, y = problem()
+    optimizer = StreamAdam(model, 60, 600)
+    functional.mse_loss(model(x), y).backward()
+    grad = model.latent.grad
+    value = grad.clone()
+    for _ in range(2):
+        optimizer.step()
+    assert model.latent.grad is grad
+    assert torch.equal(grad, value)
+
+
+def _steps(model: nn.Module, x: Tensor, y: Tensor, parts: int = 1, forward: nn.Module | None = None) -> None:
+    optimizer = StreamAdam(model, 60, 40, 3e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            (functional.mse_loss((forward or model)(a), b) / parts).backward()
+        optimizer.step()
+    optimizer.fit()
+
+
+def _alike(one: nn.Module, two: dict[str, Tensor]) -> None:
+    """As nearly as sums in another order can: a rounding error turns few levels."""
+    for name, value in one.state_dict().items():
+        if value.is_floating_point():
+            assert (value - two[name]).abs().mean() < 1e-3 * value.abs().mean(), name
+
+
+def test_micro_batches_are_as_good_as_the_whole_batch() -> None:
+    (whole, x, y), (parts, *_) = problem(), problem()
+    _steps(whole, x, y)
+    _steps(parts, x, y, parts=4)
+    _alike(whole, parts.state_dict())
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model, x, y = problem()
+    spread = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    _steps(model, x.chunk(2)[rank], y.chunk(2)[rank], forward=spread)
+    torch.save(model.state_dict(), f"{folder}/state{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_agree_bit_for_bit(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
+    one, two = (torch.load(tmp_path / f"state{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    model, x, y = problem()
+    _steps(model, x, y)
+    _alike(model, one)
 
 
 def test_the_price_is_near_the_bits_of_the_stream() -> None:

@@ -1,6 +1,6 @@
-"""`outer128`: two binary outer products and a point of the Poincare disk in 16 bytes, made for training (design 3.3).
+"""`outer128`: two binary outer products and a point of the disk in 16 bytes, made for training (docs/format.md).
 
-This file is the definition: plain torch, any device; the C++ and Triton kernels must equal it. A block is
+This file is the definition: plain torch, any device; every kernel must equal it. A block is
 
     W = a u1 v1^T + b u2 v2^T,   (a, b) = 2 artanh(r) (cos theta, sin theta)
 
@@ -166,7 +166,7 @@ def generate(seeds: Tensor, spec: SeedSpec) -> Tensor:
     Raises:
         RbeError: the specification is not this format's, or the seeds do not fit it.
 
-    Source: design 3.3.
+    Source: docs/format.md, outer128.
     """
     check(spec)
     if seeds.dtype != torch.int64 or seeds.ndim != 2 or seeds.shape[1] != words(spec):

@@ -1,6 +1,6 @@
-"""`packed128`: the Poincare-disk seed, 64 discrete bits and a point (r, theta) in 16 bytes (design 3.2).
+"""`packed128`: the Poincare-disk seed, 64 discrete bits and a point (r, theta) in 16 bytes (docs/format.md).
 
-This file is the definition: plain torch, any device; the C++ and Triton kernels must equal it. With cell coordinates
+This file is the definition: plain torch, any device; every kernel must equal it. With cell coordinates
 x = 2j/(n-1) - 1, y = 2i/(m-1) - 1, cell angle a = atan2(y, x) and cell radius rho = min(hypot(x, y), 0.99):
 
 * faithful: a point starts at r (cos(a + theta), sin(a + theta)) and takes 20 CORDIC steps, turned by +-atan(2^-k) and
@@ -279,7 +279,7 @@ def generate(seeds: Tensor, spec: SeedSpec) -> Tensor:
     Raises:
         RbeError: the specification is not this format's, or the seeds do not fit it.
 
-    Source: design 3.2; 003 sections 4.2 and 4.5.1.
+    Source: docs/format.md, packed128; 003 sections 4.2 and 4.5.1.
     """
     check(spec)
     if seeds.dtype != torch.int64 or seeds.ndim != 2 or seeds.shape[1] != words(spec):

@@ -1,6 +1,6 @@
-"""`packed64`: a radius and an angle in 8 or 16 bytes, one degree of freedom a block (design 3.1).
+"""`packed64`: a radius and an angle in 8 or 16 bytes, one degree of freedom a block (docs/format.md).
 
-This file is the definition: plain torch, any device; the C++ and Triton kernels must equal it. A block is
+This file is the definition: plain torch, any device; every kernel must equal it. A block is
 
     W[i, j] = g(r) sin(theta) phi(i, j),   g(r) = tanh(2 artanh r) = 2 r / (1 + r^2)
     phi     = 1 + 0.1 sin(2 pi H(i, j) / 2^32),   H = fmix32(j xor fmix32(i xor 0x9E3779B9 xor fmix32(stage)))
@@ -172,7 +172,7 @@ def generate(seeds: Tensor, spec: SeedSpec) -> Tensor:
     Raises:
         RbeError: the specification is not this format's, or the seeds do not fit it.
 
-    Source: design 3.1; 000 section 5.2, 001 section 8.2.3.
+    Source: docs/format.md, packed64; 000 section 5.2, 001 section 8.2.3.
     """
     check(spec)
     if seeds.dtype != torch.int64 or seeds.ndim != 2 or seeds.shape[1] != words(spec):

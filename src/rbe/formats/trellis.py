@@ -1,6 +1,6 @@
-"""`trellis`: weights read from sliding windows of a ring of bits, a computed code of each window (design 3.4).
+"""`trellis`: weights read from sliding windows of a ring of bits, a computed code of each window (docs/format.md).
 
-This file is the definition: plain torch, any device; the C++ and Triton kernels must equal it bit for bit.
+This file is the definition: plain torch, any device; every kernel must equal it bit for bit.
 
 A block is 16x16 weights. Its 2w words are one ring of 128 w bits; ring bit p is bit p mod 64 (from the least
 significant) of word p div 64. Weight t = 16 j + i (row i, column j) reads the `window` bits that end before ring bit
@@ -194,7 +194,7 @@ def generate(seeds: Tensor, spec: SeedSpec) -> Tensor:
     Raises:
         RbeError: the specification is not this format's, or the seeds do not fit it.
 
-    Source: design 3.4.
+    Source: docs/format.md, trellis; A. Tseng et al., QTIP, arXiv 2406.11235 (bit-shift trellis, code by sums of bytes).
     """
     check(spec)
     if spec.grades:

@@ -439,7 +439,7 @@ class SeededVector(Seeded):
 
     Args:
         n: entries; the vector is an (n, 1) matrix of a single block.
-        format, mode, precision, stages: as in `SeedSpec`; a format with radius and angle.
+        format, mode, precision, stages: as in `SeedSpec`; packed64 or packed128.
         rms: root mean square of the fresh entries.
 
     Raises:
@@ -461,6 +461,11 @@ class SeededVector(Seeded):
         dtype: torch.dtype | None = None,
     ) -> None:
         formats.disk(format)
+        if format == "outer128":
+            raise RbeError(
+                "seeds of outer128 make blocks of a matrix, no vectors; keep biases and norms dense, bias=True and "
+                "parameters='dense', or give the layer format packed64 or packed128"
+            )
         spec = formats.make_spec(format, (n, 1), block=None, mode=mode, precision=precision, stages=stages)
         super().__init__(spec, trainable=True, rms=rms, device=device, dtype=dtype)
 

@@ -60,7 +60,8 @@ class HybridAdam(Optimizer):
         weight_decay: decoupled, of the dense parameters only.
         pull: lambda of the penalty lambda artanh(r)^2 on every point.
         latent_limit: latents are kept in [-limit, limit], so that a sign can turn again.
-        clip_norm: longest gradient of all the seeds together, the pull's included; None does not clip.
+        clip_norm: longest gradient of all the seeds together, the pull's included; None does not clip, since Adam's
+            steps are as long whatever the gradients' common factor.
         clip_value: largest component of a point's gradient instead; the paper has 0.1.
         seed: of the draws of `flip` and `beam`.
 

@@ -31,7 +31,11 @@ def tangent(radius: Tensor, angle: Tensor, outward: Tensor, around: Tensor, step
 
 
 def riemannian(radius: Tensor, angle: Tensor, outward: Tensor, around: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-    """Riemannian Adam: the gradient by the inverse metric, one second moment a point, the step along a geodesic."""
+    """Riemannian Adam: the gradient by the inverse metric, one second moment a point, the step along a geodesic.
+
+    The first moment keeps its direction in the plane when its point moves: parallel transport would turn it by an angle
+    of the order of the step.
+    """
     cos, sin = angle.cos(), angle.sin()
     x = torch.stack([radius * cos, radius * sin], -1)
     across = around / radius.clamp_min(LEAST_LENGTH)

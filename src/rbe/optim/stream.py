@@ -166,14 +166,18 @@ class StreamAdam(torch.optim.Adam):
             known = {p: self.state[p].get("cost") for p in every if p in self.state}
             self.costs = {p: price(p)[1] if known.get(p) is None else known[p] for p in every}
         weigh = groups[0]["done"] % self.every == 0
+        # `.grad` is as backward left it again afterwards, for who adds to it or reads it.
+        kept = {latent: latent.grad for group in groups for latent in group["params"] if latent.grad is not None}
         for group, (layers, size) in zip(groups, self.parts, strict=True):
             if weigh:
                 self._weigh(group, layers, size)
             for latent in group["params"]:
-                if latent.grad is not None:
-                    latent.grad.addcmul_(self.costs[latent], latent.sign(), value=group["pressure"])
+                if latent in kept:
+                    latent.grad = kept[latent].addcmul(self.costs[latent], latent.sign(), value=group["pressure"])
             group["done"] += 1
         super().step()
+        for latent, grad in kept.items():
+            latent.grad = grad
         # Only after Adam has made its own state; saved and resumed with it.
         for latent, cost in self.costs.items():
             if self.state.get(latent) and (weigh or "cost" not in self.state[latent]):

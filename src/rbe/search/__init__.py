@@ -76,7 +76,7 @@ def encode(
     Raises:
         RbeError: the matrix is not 2-D, empty, not floating point or not finite, or an option is not offered.
 
-    Source: design 3.1, 3.2 and 3.4; 001 chapter 8.3.
+    Source: docs/format.md; 001 chapter 8.3.
     """
     formats.get(format)
     if formats.is_disk(format):

@@ -1,4 +1,4 @@
-"""Encode into `packed128` seeds: proposal, pursuit over the stages, quantisation, refinement (design 3.2)."""
+"""Encode into `packed128` seeds: proposal, pursuit over the stages, quantisation, refinement (docs/format.md)."""
 
 from dataclasses import dataclass, replace
 

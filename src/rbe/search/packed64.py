@@ -1,4 +1,4 @@
-"""Encode into `packed64` seeds: a linear fit in closed form (design 3.1).
+"""Encode into `packed64` seeds: a linear fit in closed form (docs/format.md).
 
 A block is c phi, c = g(r) sin(theta), so the best c is <W, phi> / <phi, phi>, and with several stages, each with a phi
 of its own, the c of a block solve one small linear system. No search can do better; `rbe.search.reference` has the

@@ -1,4 +1,4 @@
-"""Encode into `trellis` seeds: Viterbi over every ring of bits, and the scale around it (design 3.4).
+"""Encode into `trellis` seeds: Viterbi over every ring of bits, and the scale around it (docs/format.md).
 
 The pass over the states is C++ (kernels/csrc/viterbi_kernel.h); here are the preparation of the matrix, the scale and
 the error. Everything is deterministic: the same seeds for any number of threads and on every instruction tier.
@@ -320,7 +320,7 @@ def encode_trellis(
 
     Arguments and errors are those of `rbe.encode`.
 
-    Source: design 3.4; the Viterbi algorithm on a bit-shift trellis, the ring closed as in tail-biting codes.
+    Source: docs/format.md; the Viterbi algorithm on a bit-shift trellis, the ring closed as in tail-biting codes.
     """
     w = trellis.rate(bits)
     if effort not in EFFORTS:

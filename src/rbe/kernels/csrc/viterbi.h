@@ -1,4 +1,4 @@
-// Trellis encoder: the ring of bits whose computed codes come nearest to a block of 256 weights (design 3.4).
+// Trellis encoder: the ring of bits whose computed codes come nearest to a block of 256 weights (docs/format.md).
 // The definition is formats/trellis.py. Every tier gives the same bits: float32 costs, each operation rounded alone.
 #pragma once
 #include <cstddef>
