@@ -2,9 +2,9 @@
 
     RBE_DATA=... python -m benchmarks.headline [--only mnist-64-stream ...] [--seeds 0 1 2] [--epochs 20]
 
-Runs the configurations of examples/, dense networks that teach others (those of seed 0) first. Runs are kept in runs/, as those of
-`rbe train` are, and go on where they were interrupted: all of them take days of two cores. The test split is read once
-a run, at its end.
+Runs the configurations of examples/, dense networks that teach others (those of seed 0) first. Runs are kept in runs/,
+as those of `rbe train` are, and go on where they were interrupted: all of them take days of two cores. The test split
+is read once a run, at its end.
 """
 
 import argparse
