@@ -90,12 +90,19 @@ def get(name: str) -> SeedFormat:
 
 
 def is_disk(name: str) -> bool:
-    """Whether a format's seeds hold points of the Poincare disk, which can be trained by gradient."""
+    """Whether a format's seeds hold points of the Poincare disk, which can be trained by gradient.
+
+    >>> is_disk("packed64"), is_disk("trellis")
+    (True, False)
+    """
     return name in DISK_FORMATS
 
 
 def disk(name: str) -> DiskFormat:
     """The definition of a format around points of the Poincare disk.
+
+    >>> disk("outer128").SIGNS  # its discrete bits are signs
+    True
 
     Raises:
         RbeError: the format has no points.

@@ -14,6 +14,9 @@ from rbe.nn.stream import Stream
 class Count:
     """Weights and bytes of a module, counted from its tensors.
 
+    >>> Count(matrix_weights=1024, vector_weights=0, dense_weights=32, seed_bytes=64, whole_bytes=196).printed_ratio
+    64.0
+
     Attributes:
         matrix_weights: weights of the seed matrices with more than one column.
         vector_weights: of the biases, gains and shifts that come from one seed.

@@ -37,6 +37,11 @@ class Seeded(nn.Module):
       dL/dW dW/d(r, theta), made without a dense matrix. A radius that a step took out of [0, 1) is refused at the next
       use: project it back.
 
+    >>> from rbe.nn import Linear
+    >>> layer = Linear(32, 16, format="packed128")
+    >>> isinstance(layer, Seeded), layer.trainable, layer.freeze().trainable, layer.seeds.shape
+    (True, True, False, torch.Size([2, 2]))
+
     It deliberately does not derive from torch's layers: tools that edit `weight` in place would edit a temporary.
 
     Attributes:

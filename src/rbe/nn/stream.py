@@ -42,6 +42,11 @@ class Stream(nn.Module):
       logarithm of the scale. `rbe.optim.StreamAdam` weighs every level by the bits it costs.
     * Frozen, as files are: buffers `seed`, uint8 (bytes,), and `scale`, float32.
 
+    >>> from rbe.nn import StreamLinear
+    >>> layer = StreamLinear(32, 16)
+    >>> isinstance(layer, Stream), layer.latent.shape, layer.freeze().seed.dtype
+    (True, torch.Size([16, 33]), torch.uint8)
+
     Attributes:
         shape: (rows, columns) of the matrix, rows being outputs as in torch; the bias is not counted.
         cells: columns of one input channel.
@@ -80,7 +85,7 @@ class Stream(nn.Module):
         >>> layer = StreamLinear(20, 40, spread=0.25)
         >>> weight = torch.randn(40, 20)
         >>> _ = layer.start(weight)
-        >>> bool((layer.weight - weight).abs().max() <= 0.13)
+        >>> bool((layer.weight - weight).abs().max() <= 0.15)
         True
 
         Args:

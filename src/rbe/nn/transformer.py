@@ -18,7 +18,16 @@ NORMS = ("layer", "rms")
 
 @dataclass
 class BlockCache:
-    """What one block keeps between the steps of decoding: its own keys and values, and those of the memory."""
+    """What one block keeps between the steps of decoding: its own keys and values, and those of the memory.
+
+    >>> import torch
+    >>> block = TransformerBlock(8, 2, 12, batch_first=True, format="packed128", block=4).eval()
+    >>> cache = BlockCache()
+    >>> for _ in range(3):
+    ...     y = block(torch.randn(1, 1, 8), cache=cache)
+    >>> cache.length
+    3
+    """
 
     own: KeyValues = field(default_factory=KeyValues)
     cross: KeyValues = field(default_factory=lambda: KeyValues(fixed=True))

@@ -45,6 +45,9 @@ class Choice:
 class Share:
     """What a matrix gets.
 
+    >>> Share("linear0", 256, 784, sensitivity=1e-4, edge=16, bytes=12_544, loss=0.02).to_json()["edge"]
+    16
+
     Attributes:
         name, rows, columns: of the matrix.
         sensitivity: mean squared gradient of a weight.
