@@ -4,6 +4,7 @@ import copy
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -450,3 +451,81 @@ def test_clipping_is_of_the_norm_over_latents_angles_and_the_radii_that_train(pu
     for layer in model:
         mean = optimizer.state[layer.latent]["mean"]
         torch.testing.assert_close(mean, layer.latent.grad * float(0.01 / norm), rtol=1e-4, atol=0.0)
+
+
+def three(out: int = 9, format: str = "outer128") -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Linear(16, 16, format=format, block=8), nn.Tanh(), Linear(16, out, format=format, block=8))
+
+
+def stepped(model: nn.Module, **settings: Any) -> HybridAdam:
+    optimizer = HybridAdam(model, **settings)
+    model(torch.ones(2, 16)).square().sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+def test_the_state_of_another_model_or_optimizer_is_refused_before_anything_changes() -> None:
+    model = three(16)
+    optimizer = stepped(model)
+    optimizer.flip(lambda: model(torch.ones(2, 16)).square().sum(), share=1.0)
+    before = copy.deepcopy(optimizer.state_dict())
+    plain = torch.optim.Adam(three(16).parameters()).state_dict()
+    wrong = [
+        (stepped(three(9)).state_dict(), r"mean of a parameter \(16,\) is \(9,\)"),
+        (stepped(three(16, "packed128")).state_dict(), "groups"),
+        (stepped(three(16), method="riemannian").state_dict(), "another model or method"),
+        (plain, "groups"),
+        ({"param_groups": before["param_groups"], "state": before["state"]}, "no draws"),
+        ({"state": {}}, "no state of it"),
+    ]
+    for state, message in wrong:
+        with pytest.raises(RbeError, match=message):
+            optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert torch.equal(after["generator"], before["generator"])
+    for index, state in before["state"].items():
+        assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(after["state"][index][name]))
+                   for name, value in state.items())  # fmt: skip
+    again = HybridAdam(three(16))
+    again.load_state_dict(before)
+    with pytest.raises(RbeError, match="no role"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+
+@pytest.mark.parametrize("how", ["expanded", "transposed", "sliced", "turned later"])
+def test_gradients_and_parameters_of_any_layout_take_the_same_steps(how: str) -> None:
+    torch.manual_seed(0)
+    grads = torch.randn(3, 6, 4, 2, 2)
+    plain, other = nn.Conv2d(4, 6, 2, bias=False), nn.Conv2d(4, 6, 2, bias=False)
+    other.load_state_dict(plain.state_dict())
+    if how == "sliced":
+        other.weight = nn.Parameter(torch.cat([plain.weight.detach()] * 2, 3)[..., :2])
+        assert not other.weight.is_contiguous()
+    optimizers = [HybridAdam(plain, lr=0.01), HybridAdam(other, lr=0.01)]
+    for k, grad in enumerate(grads):
+        grad = grad[:1, :1, :1, :1].expand_as(grad) if how == "expanded" else grad
+        plain.weight.grad = grad.contiguous()
+        other.weight.grad = grad.transpose(0, 3).contiguous().transpose(0, 3) if how == "transposed" else grad
+        if how == "turned later" and k == 1:
+            other.to(memory_format=torch.channels_last)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(other.weight, plain.weight)
+
+
+def test_copies_of_model_and_optimizer_go_on_alike() -> None:
+    model = three()
+    optimizer = stepped(model)
+    file = io.BytesIO()
+    torch.save((model, optimizer), file)
+    file.seek(0)
+    pairs = [(model, optimizer), copy.deepcopy((model, optimizer)), torch.load(file, weights_only=False)]
+    for one, its in pairs:
+        its.zero_grad()
+        loss = one(torch.ones(2, 16)).sum()
+        loss.backward()
+        its.step()
+        its.flip(lambda one=one: one(torch.ones(2, 16)).square().sum(), share=1.0)
+    for one, _ in pairs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), one.parameters(), strict=True))

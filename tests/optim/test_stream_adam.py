@@ -133,6 +133,33 @@ def test_gradients_are_as_backward_left_them() -> None:
     assert torch.equal(grad, value)
 
 
+def test_the_state_of_another_model_or_optimizer_is_refused() -> None:
+    model, x, y = problem()
+    optimizer, other = StreamAdam(model, 60, 600), StreamLinear(50, 21)
+    run(model, optimizer, x, y, 3)
+    different = StreamAdam(other, 60, 600)
+    other(x).sum().backward()
+    different.step()
+    plain = torch.optim.Adam(model.parameters()).state_dict()
+    for state, message in ((different.state_dict(), "another model"), (plain, "groups"), ({}, "no state")):
+        with pytest.raises(RbeError, match=message):
+            optimizer.load_state_dict(state)
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["param_groups"][0]["pressure"]
+    with pytest.raises(RbeError, match="another optimizer"):
+        optimizer.load_state_dict(state)
+
+
+def test_copies_of_model_and_optimizer_go_on_alike() -> None:
+    model, x, y = problem()
+    optimizer = StreamAdam(model, 60, 600)
+    run(model, optimizer, x, y, 3)
+    twin, its = copy.deepcopy((model, optimizer))
+    assert run(model, optimizer, x, y, 20) == run(twin, its, x, y, 20)
+    assert its.fit() == optimizer.fit()
+    assert torch.equal(model.latent, twin.latent)
+
+
 def _steps(model: nn.Module, x: Tensor, y: Tensor, parts: int = 1, forward: nn.Module | None = None) -> None:
     optimizer = StreamAdam(model, 60, 40, 3e-2)
     for _ in range(30):

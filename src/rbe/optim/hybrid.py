@@ -18,6 +18,7 @@ from rbe.optim import transitions
 from rbe.optim.motion import METHODS, Method, adam_step
 from rbe.optim.penalties import total_entropy
 from rbe.optim.seeds import Points, gradients, open_layers, points, wrap
+from rbe.optim.state import check
 from rbe.optim.transitions import Outcome
 from rbe.search.blocks import Blocks
 
@@ -380,14 +381,47 @@ class HybridAdam(Optimizer):
         return {**super().state_dict(), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on exactly where `state_dict` was called."""
-        self.generator.set_state(state_dict["generator"])
+        """Go on exactly where `state_dict` was called.
+
+        Raises:
+            RbeError: the state is of another model, method or optimizer; nothing is changed then.
+        """
+        check(self, state_dict, self._shapes, ("role",))
+        generator = torch.Generator()
+        try:
+            generator.set_state(state_dict["generator"])
+        except (KeyError, TypeError, RuntimeError) as cause:
+            raise RbeError(
+                f"HybridAdam: the state has no draws to go on with ({cause}); was it saved by another?"
+            ) from cause
         super().load_state_dict({name: part for name, part in state_dict.items() if name != "generator"})
+        self.generator = generator
         # The fused step walks through memory: moments must lie in it as their parameters do.
         for p, state in self.state.items():
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
                     state[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+
+    def _shapes(self, role: str, key: str, p: Tensor) -> tuple[torch.Size, ...]:
+        """Of a tensor of the state."""
+        if role != "point" or key == "born":
+            return (p.shape,)
+        return (torch.Size((*p.shape, 1 if key == "square" and self.method == "riemannian" else 2)),)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have everything; torch's own keep groups and state alone."""
+        own = ("model", "method", "pull", "latent_limit", "clip_norm", "clip_value", "points", "generator")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, for groups that say their role; build the optimizer anew for a model that has grown.
+
+        Raises:
+            RbeError: the group has no role.
+        """
+        if param_group.get("role") not in ("point", "latent", "scale", "dense"):
+            raise RbeError("HybridAdam: a group has no role; build a new HybridAdam of the whole model instead")
+        super().add_param_group(param_group)
 
     def freeze(self) -> None:
         """Pack the seeds of every layer of the model; what is left is what a file holds. The optimizer is then done."""
@@ -441,23 +475,29 @@ class HybridAdam(Optimizer):
         self, moving: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
     ) -> None:
         first, second = group["betas"]
-        adam(
-            moving,
-            grads,
-            [state["mean"] for state in states],
-            [state["square"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            decoupled_weight_decay=True,
-            amsgrad=False,
-            beta1=first,
-            beta2=second,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        # The fused step walks through memory: what lies in it otherwise than its parameter takes torch's plain one.
+        alike = [_alike(p, grad, state) for p, grad, state in zip(moving, grads, states, strict=True)]
+        for fused in (True, False):
+            chosen = [k for k, same in enumerate(alike) if same == fused]
+            if chosen:
+                adam(
+                    [moving[k] for k in chosen],
+                    [grads[k] for k in chosen],
+                    [states[k]["mean"] for k in chosen],
+                    [states[k]["square"] for k in chosen],
+                    [],
+                    [states[k]["step"] for k in chosen],
+                    foreach=False,
+                    fused=fused,
+                    decoupled_weight_decay=True,
+                    amsgrad=False,
+                    beta1=first,
+                    beta2=second,
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                )
 
     def _move_all(self, group: dict[str, Any], factor: float) -> None:
         """One step of the points, those of all modules side by side where limits and number of steps are the same."""
@@ -490,3 +530,9 @@ class HybridAdam(Optimizer):
                 one.radius.copy_(r.view_as(one.radius))
             if one.angle.grad is not None:
                 one.angle.copy_(theta.view_as(one.angle))
+
+
+def _alike(p: Tensor, grad: Tensor, state: dict[str, Any]) -> bool:
+    """Whether a parameter, its gradient and its moments lie in memory alike and without gaps."""
+    dense = p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
+    return dense and all(t.stride() == p.stride() for t in (grad, state["mean"], state["square"]))

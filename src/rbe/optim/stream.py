@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rbe.errors import RbeError
 from rbe.kernels import stream
 from rbe.nn.stream import Stream, streams
+from rbe.optim.state import check
 
 # Steps between two estimates of what the streams cost, at most, and estimates of a run at least.
 EVERY, LEAST = 10, 200
@@ -24,6 +25,9 @@ LIMIT = 0.7
 NEAR, COUNTED = 0.8, 5
 # The bytes aimed at, below those allowed: the last steps turn single levels on and off.
 AIM = 0.995
+# Of a group, so that a state dict has them: the pressure, steps done, bits at the start, true to estimated, and how far
+# the bits are from those of the moment, in logarithm.
+ABOUT = {"pressure": 0.0, "done": 0, "fresh": 0.0, "true": 1.0, "error": 0.0}
 
 
 def price(latent: Tensor) -> tuple[float, Tensor]:
@@ -137,11 +141,8 @@ class StreamAdam(torch.optim.Adam):
                 raise RbeError(f"StreamAdam: bytes is {size}, but streams without any level take {least}; allow more")
         own = {id(layer.latent) for layer in layers}
         dense = [p for p in model.parameters() if id(p) not in own]
-        # In the group, so that a state dict has them: the pressure, steps done, bits at the start, true to estimated,
-        # and how far the bits are from those of the moment, in logarithm.
-        about = {"pressure": 0.0, "done": 0, "fresh": 0.0, "true": 1.0, "error": 0.0}
         groups = [
-            {"role": "latent", "lr": lr, "params": [layer.latent for layer in some], **about} for some, _ in self.parts
+            {"role": "latent", "lr": lr, "params": [layer.latent for layer in some], **ABOUT} for some, _ in self.parts
         ]
         groups += [{"role": "dense", "lr": dense_lr, "params": dense}] if dense else []
         super().__init__(groups, lr, betas, eps)
@@ -185,9 +186,21 @@ class StreamAdam(torch.optim.Adam):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; what levels cost is that of the state."""
+        """As torch's; what levels cost is that of the state.
+
+        Raises:
+            RbeError: the state is of another model or optimizer; nothing is changed then.
+        """
+        check(self, state_dict, lambda role, key, p: (p.shape,), ("role",))
+        if any(name not in group for group in state_dict["param_groups"][: len(self.parts)] for name in ABOUT):
+            raise RbeError("StreamAdam: the state is of another optimizer; give what its own state_dict() returned")
         super().load_state_dict(state_dict)
         self.costs = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have everything; torch's own keep groups and state alone."""
+        own = ("parts", "steps", "every", "costs")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def _weigh(self, group: dict[str, Any], layers: list[Stream], size: int) -> None:
         bits = 0.0
