@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.adam import adam
 
 from rbe.errors import RbeError
 from rbe.nn.seeded import Seeded
@@ -18,7 +17,7 @@ from rbe.optim import transitions
 from rbe.optim.motion import METHODS, Method, adam_step
 from rbe.optim.penalties import total_entropy
 from rbe.optim.seeds import Points, gradients, open_layers, points, wrap
-from rbe.optim.state import check
+from rbe.optim.state import adam_all, check, lay
 from rbe.optim.transitions import Outcome
 from rbe.search.blocks import Blocks
 
@@ -386,7 +385,7 @@ class HybridAdam(Optimizer):
         Raises:
             RbeError: the state is of another model, method or optimizer; nothing is changed then.
         """
-        check(self, state_dict, self._shapes, ("role",))
+        check(self, state_dict, self._shapes)
         generator = torch.Generator()
         try:
             generator.set_state(state_dict["generator"])
@@ -396,11 +395,7 @@ class HybridAdam(Optimizer):
             ) from cause
         super().load_state_dict({name: part for name, part in state_dict.items() if name != "generator"})
         self.generator = generator
-        # The fused step walks through memory: moments must lie in it as their parameters do.
-        for p, state in self.state.items():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
-                    state[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+        lay(self.state)
 
     def _shapes(self, role: str, key: str, p: Tensor) -> tuple[torch.Size, ...]:
         """Of a tensor of the state."""
@@ -455,7 +450,7 @@ class HybridAdam(Optimizer):
         states = [self._moments(p) for p in moving]
         grads = [p.grad if factor == 1.0 else p.grad * factor for p in moving]
         grads = [g * state["free"] if "free" in state else g for g, state in zip(grads, states, strict=True)]
-        self._adam_all(moving, grads, states, group)
+        adam_all(moving, grads, states, group)
         if group["role"] == "latent":
             for p in moving:
                 p.clamp_(-self.latent_limit, self.latent_limit)
@@ -467,37 +462,9 @@ class HybridAdam(Optimizer):
             return
         moves = [torch.zeros_like(p) for p in moving]
         grads = [p.grad * p for p in moving]
-        self._adam_all(moves, grads, [self._moments(p) for p in moving], group)
+        adam_all(moves, grads, [self._moments(p) for p in moving], group)
         for p, move in zip(moving, moves, strict=True):
             p.mul_(move.exp())
-
-    def _adam_all(
-        self, moving: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
-    ) -> None:
-        first, second = group["betas"]
-        # The fused step walks through memory: what lies in it otherwise than its parameter takes torch's plain one.
-        alike = [_alike(p, grad, state) for p, grad, state in zip(moving, grads, states, strict=True)]
-        for fused in (True, False):
-            chosen = [k for k, same in enumerate(alike) if same == fused]
-            if chosen:
-                adam(
-                    [moving[k] for k in chosen],
-                    [grads[k] for k in chosen],
-                    [states[k]["mean"] for k in chosen],
-                    [states[k]["square"] for k in chosen],
-                    [],
-                    [states[k]["step"] for k in chosen],
-                    foreach=False,
-                    fused=fused,
-                    decoupled_weight_decay=True,
-                    amsgrad=False,
-                    beta1=first,
-                    beta2=second,
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    maximize=False,
-                )
 
     def _move_all(self, group: dict[str, Any], factor: float) -> None:
         """One step of the points, those of all modules side by side where limits and number of steps are the same."""
@@ -530,9 +497,3 @@ class HybridAdam(Optimizer):
                 one.radius.copy_(r.view_as(one.radius))
             if one.angle.grad is not None:
                 one.angle.copy_(theta.view_as(one.angle))
-
-
-def _alike(p: Tensor, grad: Tensor, state: dict[str, Any]) -> bool:
-    """Whether a parameter, its gradient and its moments lie in memory alike and without gaps."""
-    dense = p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
-    return dense and all(t.stride() == p.stride() for t in (grad, state["mean"], state["square"]))

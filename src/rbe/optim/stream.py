@@ -191,7 +191,7 @@ class StreamAdam(torch.optim.Adam):
         Raises:
             RbeError: the state is of another model or optimizer; nothing is changed then.
         """
-        check(self, state_dict, lambda role, key, p: (p.shape,), ("role",))
+        check(self, state_dict, lambda role, key, p: (p.shape,))
         if any(name not in group for group in state_dict["param_groups"][: len(self.parts)] for name in ABOUT):
             raise RbeError("StreamAdam: the state is of another optimizer; give what its own state_dict() returned")
         super().load_state_dict(state_dict)
