@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from rbe.errors import CorruptFile
+from rbe.errors import CorruptFile, RbeError
 
 SIZES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
@@ -348,3 +348,32 @@ def copy(origin: Path, target: Path) -> None:
         while data := source.read(_CHUNK):
             put(file, data)
         flush(file)
+
+
+def locked(folder: Path) -> IO[str]:
+    """The lock file of a folder, which is made where it is not there, open and locked.
+
+    Raises:
+        RbeError: another process holds it.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = (folder / "lock").open("w")
+        except FileNotFoundError:
+            continue  # the folder has just been taken away
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            return file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
+                    return file
+        except BlockingIOError:
+            file.close()
+            raise RbeError(
+                f"{folder} is in use: another run is writing the same folder; wait for it, or choose another name"
+            ) from None
+        file.close()  # a run that ended meanwhile has removed this file: a lock on it keeps nobody out

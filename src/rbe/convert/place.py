@@ -8,7 +8,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from rbe import checkpoint, shards
 from rbe.errors import RbeError
@@ -97,33 +96,8 @@ def lock(folder: Path) -> Iterator[None]:
     Raises:
         RbeError: another run is at work there.
     """
-    with _locked(folder):
+    with shards.locked(folder):
         yield
-
-
-def _locked(folder: Path) -> IO[str]:
-    """The folder's lock file, open and locked."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            file = (folder / "lock").open("w")
-        except FileNotFoundError:
-            continue  # the folder has just been taken away
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system
-            return file
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
-                    return file
-        except BlockingIOError:
-            file.close()
-            raise RbeError(
-                f"{folder} is in use: another run is writing the same folder; wait for it, or choose another name"
-            ) from None
-        file.close()  # a run that ended meanwhile has removed this file: a lock on it keeps nobody out
 
 
 def remove(folder: Path) -> None:

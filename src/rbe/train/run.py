@@ -19,6 +19,7 @@ from rbe.optim import Cooling, HybridAdam, Phase, Phases, PowerDecay, StreamAdam
 from rbe.train import budget, networks, store
 from rbe.train.budget import Share
 from rbe.train.characters import Characters
+from rbe.train.checks import check_measured, check_saved, check_sequences, check_teacher, contents
 from rbe.train.config import Config
 from rbe.train.images import Pictures, accuracy
 from rbe.train.language import Language
@@ -89,16 +90,17 @@ def train(
     identity = json.dumps(config.to_json(), sort_keys=True)
     saved = None if restart else store.resume(out, identity)
     if saved is None and not restart and (known := store.finished(out, identity)) is not None:
-        return Result.from_json(known)
+        return known
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     task = TASKS[config.data.task](config)
-    if saved is not None:
-        _check_examples(task, saved)
     teacher = _network(config, task, config.train.teacher)
     # The network to start from is often the teacher.
     same = config.model.start == config.train.teacher
     source = teacher if same else _network(config, task, config.model.start)
+    content = contents(task, teacher, source)
+    if saved is not None:
+        check_saved(task, content, saved)
     shares: tuple[Share, ...] = ()
     if config.seeds.bytes and not config.seeds.streamed:
         with store.sensible(out / CHECKPOINT):
@@ -111,32 +113,47 @@ def train(
     if source is not None:
         start(model, source)
     if teacher is not None:
-        _check_teacher(config, teacher, model, task)
-    _check_sequences(config, task, teacher, model)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise RbeError(f"train: {out} cannot be made ({cause.strerror}); choose another folder") from cause
-    targets: tuple[Tensor, ...] = ()
-    if config.train.sequence_level and config.train.epochs and isinstance(task, Translation) and teacher is not None:
-        if saved is None:
-            targets = task.told(teacher, told)
-        with store.sensible(out / CHECKPOINT):
-            targets = targets if saved is None else saved["targets"]
-            task.retell(*targets)
-    run = _Run(config, task, model, teacher, shares, targets)
-    if saved is not None:
-        with store.sensible(out / CHECKPOINT):
-            run.restore(saved)
-    if not config.train.epochs:
-        run.judge(0.0)
+        check_teacher(config, teacher, model, task)
+    check_sequences(config, task, teacher, model)
+    check_measured(config, model)
+    with store.held(out, anew=restart):
+        targets = _targets(config, task, teacher, saved, out, told)
+        run = _Run(config, task, model, teacher, shares, targets, content)
+        if saved is not None:
+            with store.sensible(out / CHECKPOINT):
+                run.restore(saved)
+        return _through(run, out, identity, build, tell)
+
+
+def _targets(
+    config: Config,
+    task: Task,
+    teacher: nn.Module | None,
+    saved: dict[str, Any] | None,
+    out: Path,
+    told: Callable[[int, int], object] | None,
+) -> tuple[Tensor, ...]:
+    """The teacher's translations, where they are asked for, from now on the targets of the task."""
+    if not (config.train.sequence_level and config.train.epochs and isinstance(task, Translation)) or teacher is None:
+        return ()
+    targets = task.told(teacher, told) if saved is None else ()
+    with store.sensible(out / CHECKPOINT):
+        targets = targets if saved is None else saved["targets"]
+        task.retell(*targets)
+    return targets
+
+
+def _through(run: "_Run", out: Path, identity: str, build: Build, tell: Callable[[Progress], object] | None) -> Result:
+    """What is left of a run, to its end."""
 
     def pause() -> None:
-        store.write(out / CHECKPOINT, lambda path: torch.save({"identity": identity, **run.state()}, path))
+        store.write(out / CHECKPOINT, store.saved_bytes({"identity": identity, **run.state()}))
         if tell is not None:
             tell(run.progress)
 
-    if saved is not None and run.done and tell is not None:
+    if not run.config.train.epochs:
+        run.judge(0.0)
+    if run.history and run.done and run.config.train.epochs and tell is not None:
         tell(run.progress)
     while not run.done:
         run.epoch(pause)
@@ -154,49 +171,6 @@ def _network(config: Config, task: Task, folder: str | None) -> nn.Module | None
     return load(place)
 
 
-def _check_teacher(config: Config, teacher: nn.Module, model: nn.Module, task: Task) -> None:
-    """Let both answer once, and compare.
-
-    Raises:
-        RbeError: the teacher does not take these inputs, or has other outputs.
-    """
-    batch = next(iter(task.batches(torch.Generator().manual_seed(0))))
-    place = config.train.teacher
-    with torch.no_grad():
-        own = model.eval()(*batch.inputs)
-        try:
-            given = teacher(*batch.inputs)
-        except (RuntimeError, IndexError, ValueError, TypeError) as cause:  # RbeError is a ValueError
-            raise RbeError(
-                f"train: the teacher {place} does not take the inputs of this run ({cause}); name another"
-            ) from cause
-    if given.shape != own.shape:
-        raise RbeError(
-            f"train: the teacher {place} has {given.shape[-1]} classes, this network {own.shape[-1]}; name another"
-        )
-
-
-def _check_examples(task: Task, saved: dict[str, Any]) -> None:
-    there, then = task.examples, saved.get("examples", task.examples)
-    if there != then:
-        raise RbeError(
-            f"train: there are {there} examples to train on, and were {then} when the run was interrupted; put the "
-            "data back, or start anew with --restart"
-        )
-
-
-def _check_sequences(config: Config, task: Task, teacher: nn.Module | None, model: nn.Module) -> None:
-    if config.train.sequence_level and (not isinstance(task, Translation) or teacher is None):
-        raise RbeError("train: [train] sequence_level is for translation with a teacher; leave it out")
-    for what, network in (("network", model), ("teacher", teacher)):
-        needed = what == "network" or config.train.sequence_level
-        if isinstance(task, Translation) and network is not None and needed and not hasattr(network, "follow"):
-            raise RbeError(
-                f"train: the {what} cannot translate: {type(network).__name__} has no `encode` and `follow` as "
-                "rbe.train.texts.Translator has them"
-            )
-
-
 class _Run:
     """Everything that changes while a network is trained."""
 
@@ -208,10 +182,11 @@ class _Run:
         teacher: nn.Module | None,
         plan: tuple[Share, ...],
         targets: tuple[Tensor, ...],
+        content: int,
     ) -> None:
         recipe = config.train
         self.config, self.task, self.model, self.teacher = config, task, model, teacher
-        self.plan, self.targets = plan, targets
+        self.plan, self.targets, self.content = plan, targets, content
         self.steps = task.steps
         self.optimizer = _optimizer(config, model, max(1, recipe.epochs) * task.steps)
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -274,6 +249,7 @@ class _Run:
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
             "examples": self.task.examples,
+            "content": self.content,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -344,6 +320,7 @@ class _Run:
             self._measure_norms()
         value = self.task.measure(self.model, "validation")
         self.history.append(Epoch(loss, value, _turned(self.model, self.signs), rates))
+        fits = fits and math.isfinite(value) and all(t.isfinite().all() for t in self.model.state_dict().values())
         best = self.curve[self.best_epoch]
         if fits and (self.best_epoch < 0 or (value > best if self.task.rises else value < best)):
             self.best_epoch = len(self.history) - 1
@@ -366,7 +343,8 @@ class _Run:
             m.momentum = None  # the plain mean over what follows
         self.model.train()
         generator = torch.Generator().manual_seed(len(self.history))
-        for batch in islice(self.task.batches(generator), NORM_BATCHES):
+        # Full ones, as all count alike.
+        for batch in islice(self.task.batches(generator), min(NORM_BATCHES, self.steps)):
             self.model(*batch.inputs)
         for m, momentum in zip(norms, momenta, strict=True):
             m.momentum = momentum
@@ -461,7 +439,16 @@ def _turned(model: nn.Module, before: dict[str, Tensor]) -> float | None:
 
 
 def _finish(run: _Run, out: Path, identity: str, build: Build) -> Result:
-    """Freeze the best epoch, test it once, and write everything."""
+    """Freeze the best epoch, test it once, and write everything.
+
+    Raises:
+        RbeError: there is none to keep.
+    """
+    if not run.best:
+        raise RbeError(
+            "train: no epoch left a network of finite numbers; lower [train] lr or name another network to start from, "
+            "and give --restart"
+        )
     run.model.load_state_dict(run.best)
     store.freeze(run.model)
     rest_bits = run.config.train.rest_bits
@@ -491,9 +478,5 @@ def _finish(run: _Run, out: Path, identity: str, build: Build) -> Result:
         parts=parts,
         file_bytes=len(data),
     )
-    store.write(out / WEIGHTS, lambda path: path.write_bytes(data))
-    (out / store.OLD).unlink(missing_ok=True)
-    text = json.dumps({"config": json.loads(identity), "result": result.to_json()}, indent=1)
-    store.write(out / RESULT, lambda path: path.write_text(text + "\n"))
-    (out / CHECKPOINT).unlink(missing_ok=True)
+    store.keep(out, identity, result, data)
     return result

@@ -1,5 +1,7 @@
 """The folder of a run: checkpoint, result and trained network, each under its name only when it is whole."""
 
+import hashlib
+import io
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -11,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rbe import shards
 from rbe.errors import RbeError
 from rbe.nn import Seeded, Stream, fold_norms, pack, unpack
 from rbe.train import networks, packed
 from rbe.train.config import Config
+from rbe.train.result import Result
 
 CHECKPOINT = "checkpoint.pt"
 RESULT = "result.json"
@@ -37,7 +41,7 @@ def load(folder: str | Path, build: Build = networks.build) -> nn.Module:
     """
     folder = Path(folder)
     try:
-        known = json.loads((folder / RESULT).read_text())
+        known = _known(folder)
         config, edges = Config.from_json(known["config"]), {s["name"]: s["edge"] for s in known["result"]["plan"]}
         model, like = _empty(with_blocks(config, edges), build)
         if (folder / WEIGHTS).exists():
@@ -115,43 +119,109 @@ def freeze(model: nn.Module) -> None:
             module.freeze()
 
 
-def write(path: Path, put: Callable[[Path], object]) -> None:
-    """Under its name only when it is whole."""
-    part = path.with_name(path.name + ".part")
+def write(path: Path, data: bytes) -> None:
+    """Under its name only when it is whole, and on the disk.
+
+    Raises:
+        RbeError: it cannot be written.
+    """
     try:
-        put(part)
-        part.replace(path)
+        shards.write_atomic(path, data)
     except OSError as cause:
         raise RbeError(
             f"train: {path} cannot be written ({cause.strerror or cause}); free space or choose --out"
         ) from cause
 
 
-def finished(out: Path, identity: str) -> dict[str, Any] | None:
-    """The result of a finished run of this configuration; None too where its network is gone."""
-    there = any((out / name).is_file() for name in (WEIGHTS, OLD))
-    return _result(out, identity) if there else None
+def saved_bytes(state: Mapping[str, Any]) -> bytes:
+    """What torch saves of a state."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return buffer.getvalue()
 
 
-def _result(out: Path, identity: str) -> dict[str, Any] | None:
+@contextmanager
+def held(out: Path, anew: bool) -> Iterator[None]:
+    """Keep every other process out of the folder of a run, which is made where it is not there.
+
+    Args:
+        anew: throw away the run that it holds, before the first step: half of that one is not half of the new one.
+
+    Raises:
+        RbeError: another process is at work there, or nothing can be written.
+    """
+    try:
+        lock = shards.locked(out)
+        for name in (CHECKPOINT, RESULT, WEIGHTS, OLD) if anew else ():
+            (out / name).unlink(missing_ok=True)
+    except OSError as cause:
+        raise RbeError(f"train: {out} cannot be written to ({cause.strerror}); choose another --out") from cause
+    try:
+        yield
+    finally:
+        # Still held, so that nobody locks a file that is gone.
+        (out / "lock").unlink(missing_ok=True)
+        lock.close()
+
+
+def digest(config: Mapping[str, Any], result: Mapping[str, Any], weights: bytes) -> str:
+    """What ties the file of a network to the run that it is of: SHA-256 of both."""
+    about = json.dumps({"config": config, "plan": result["plan"]}, sort_keys=True)
+    return hashlib.sha256(about.encode() + b"\0" + weights).hexdigest()
+
+
+def keep(out: Path, identity: str, result: Result, weights: bytes) -> None:
+    """Write a finished run; at any moment the folder holds a run to go on with, or a whole one."""
+    config, about = json.loads(identity), result.to_json()
+    # A result of before must not stand beside a network that is not its own.
+    (out / RESULT).unlink(missing_ok=True)
+    write(out / WEIGHTS, weights)
+    (out / OLD).unlink(missing_ok=True)
+    whole = {"config": config, "result": about, "digest": digest(config, about, weights)}
+    write(out / RESULT, (json.dumps(whole, indent=1) + "\n").encode())
+    (out / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _known(out: Path) -> dict[str, Any]:
+    """What a finished run says of itself, if its network is its own; those of before there were digests have none."""
+    known: dict[str, Any] = json.loads((out / RESULT).read_text())
+    own, weights = known.get("digest"), out / WEIGHTS
+    if own is not None and weights.exists() and digest(known["config"], known["result"], weights.read_bytes()) != own:
+        raise ValueError(f"{WEIGHTS} is not of the run in {RESULT}, or one of them is damaged")
+    return known
+
+
+def finished(out: Path, identity: str) -> Result | None:
+    """The result of a finished run of this configuration; None too where its network is gone.
+
+    Raises:
+        RbeError: it is damaged, or the folder holds another run.
+    """
+    if not (out / RESULT).is_file():
+        return None
     try:
         known = json.loads((out / RESULT).read_text())
         same = json.dumps(known["config"], sort_keys=True) == identity
-        return known["result"] if same else None
-    except (OSError, KeyError, ValueError, TypeError):
-        return None
+        if same and any((out / name).is_file() for name in (WEIGHTS, OLD)):
+            return Result.from_json(_known(out)["result"])
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as cause:
+        raise RbeError(
+            f"train: the finished run in {out} is damaged ({_first(cause)}); choose another --out, or --restart to "
+            "throw it away"
+        ) from cause
+    if not same:
+        raise RbeError(f"train: {out} holds another run; choose another --out, or --restart to throw it away")
+    return None
 
 
 def resume(out: Path, identity: str) -> dict[str, Any] | None:
     """The checkpoint of an interrupted run of this configuration.
 
     Raises:
-        RbeError: it is damaged, or the folder holds another run.
+        RbeError: it is damaged, or of another run.
     """
     path = out / CHECKPOINT
     if not path.exists():
-        if (out / RESULT).is_file() and _result(out, identity) is None:
-            raise RbeError(f"train: {out} holds another run; choose another --out, or --restart to throw it away")
         return None
     try:
         saved = _read(path)
