@@ -1,8 +1,10 @@
 """Layers of a stream against torch's own, in both states, and through files."""
 
 import copy
+import io
 import pickle
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -324,3 +326,48 @@ def test_bytes_are_counted_whole() -> None:
     assert (found.matrix_weights, found.vector_weights, found.dense_weights) == (600, 20, 0)
     assert found.seed_bytes == len(layer.pack())
     assert found.whole_bytes == found.seed_bytes + 4 == count(layer.freeze()).whole_bytes
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"cells": 1}, {"cells": 4}),
+        ({"cells": 4}, {"cells": 8}),
+        ({}, {"open_shape": (8, 16)}),
+        ({"bias": False}, {"bias": True}),
+    ],
+)
+def test_the_state_of_another_stream_is_refused(one: dict[str, Any], other: dict[str, Any]) -> None:
+    state = StreamLinear(16, 32, **one).freeze().state_dict()
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    for given in (state, torch.load(file)):
+        with pytest.raises(RuntimeError, match="the state is of a stream with"):
+            StreamLinear(16, 32, **other).freeze().load_state_dict(given)
+        same = StreamLinear(16, 32, **one).freeze()
+        same.load_state_dict(given)
+        assert torch.equal(same.seed, state["seed"])
+
+
+def test_a_seed_that_is_not_all_there_is_refused() -> None:
+    state = StreamLinear(16, 32).freeze().state_dict()
+    state["seed"] = state["seed"][:-1]
+    with pytest.raises(RuntimeError, match="not the one that was saved"):
+        StreamLinear(16, 32).freeze().load_state_dict(state)
+
+
+@pytest.mark.parametrize("part", ["latent", "log_scale"])
+def test_numbers_that_are_not_finite_are_not_frozen(part: str) -> None:
+    layer = StreamLinear(16, 32)
+    with torch.no_grad():
+        getattr(layer, part).view(-1)[0] = float("nan")
+    with pytest.raises(RbeError, match="training has diverged"):
+        layer.freeze()
+    assert layer.trainable
+
+
+def test_half_precision_keeps_the_scale() -> None:
+    layer = StreamLinear(16, 32).freeze()
+    weight = layer.weight
+    assert torch.equal(layer.to(torch.bfloat16).weight, weight)

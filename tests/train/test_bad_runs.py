@@ -90,13 +90,23 @@ def test_every_damage_of_the_data_is_told(write: Write, tmp_path: Path) -> None:
     ("text", "error"),
     [
         ("name = '../elsewhere'\n", "name of a folder"),
-        ("[model]\nwidths = [64, 0, 4]\n", "not all positive"),
+        ("[model]\nwidths = [64, 0, 4]\n", "widths, entry 2, is 0; it must be positive"),
         ("[train]\nbatch = 1\n", "batch norms learn nothing"),
         ("[train]\nseed = 99999999999999999999\n", "63 bits"),
         ("[train]\nthreads = 1000000\n", "at most 1024"),
         ("[train]\nsoftness = inf\n", "softness is inf"),
         ("[seeds]\nspread = inf\n", "spread is inf"),
         ("[seeds]\nbias = 'seed'\n", "bias is 'seed'"),
+        ("[seeds]\nbias = 'false'\n", "give true, false or 'seed'"),
+        ("[train]\nlr = 0.0\n", "lr is 0.0; it must be positive"),
+        ("[train]\nlr = 1e20\n", "at most 1000"),
+        ("[train]\nlatent_lr = -1.0\n", "latent_lr is -1.0"),
+        ("[model]\nwidths = [64, 99999999, 4]\n", "below 2\\^24"),
+        ("[model]\ninner = 0\n", "inner is 0"),
+        ("[model]\nvocabulary = 4611686018427387904\n", "vocabulary is"),
+        ("name = '..'\n", "name of a folder"),
+        ("name = ''\n", "name of a folder"),
+        ('name = "a\\u0000b"\n', "name of a folder"),
         ("[seeds]\nrows = [3, 4]\n", "rows is for format stream"),
     ],
 )
@@ -106,6 +116,37 @@ def test_numbers_that_mean_nothing(write: Write, text: str, error: str) -> None:
         path.write_text(text + path.read_text().replace(text, ""))
     with pytest.raises(RbeError, match=error):
         load_config(path)
+
+
+@pytest.mark.parametrize("text", ["data = 5", "data = true", "a = " + "1" * 5000, "a = " + "[" * 3000 + "]" * 3000])
+def test_files_that_say_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(RbeError, match=r"no TOML|no \[data\] path"):
+        load_config(tmp_path / "run.toml")
+
+
+def test_labels_of_one_number(write: Write, tmp_path: Path) -> None:
+    parts = pictures()
+    parts["y_train"] = np.array(3, np.uint8)
+    with pytest.raises(RbeError, match="with 1 labels"):
+        train(load_config(write(parts=parts)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("format", ["outer128", "packed64", "stream"])
+def test_a_start_of_other_sides_is_refused_for_every_format(write: Write, tmp_path: Path, format: str) -> None:
+    config = load_config(write())
+    dense = replace(
+        config, seeds=replace(config.seeds, format="dense"), model=replace(config.model, widths=(64, 32, 4))
+    )
+    train(dense, tmp_path / "dense")
+    seeds = replace(config.seeds, format=format, bytes=300 if format == "stream" else 0)
+    wrong = replace(config, seeds=seeds, model=replace(config.model, start="dense"))
+    with pytest.raises(RbeError, match=r"linear1 is \(16, 64\), .* it is \(32, 64\)"):
+        train(wrong, tmp_path / "out")
+    if format != "stream":
+        only = replace(wrong, model=replace(dense.model, start="dense"), train=replace(config.train, epochs=0))
+        with pytest.raises(RbeError, match="random weights would be measured"):
+            train(only, tmp_path / "out")
 
 
 def test_a_last_image_alone_is_left_out(write: Write, tmp_path: Path) -> None:

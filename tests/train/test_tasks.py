@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable
@@ -447,9 +448,17 @@ def test_a_model_of_transformers_is_measured_and_teaches(language: Config, tmp_p
     for key, value, message in (
         ("n_embd", None, "cannot be read"),
         ("n_embd", 0, "no GPT-2 model"),
+        ("n_embd", 31.9, "n_embd is 31.9"),
+        ("n_embd", 10**30, "no GPT-2 model"),
+        ("n_layer", True, "n_layer is True"),
+        ("n_layer", 1, "has a layer 1, which its config.json does not count"),
         ("n_head", 5, "no GPT-2 model"),
-        ("activation_function", "relu", "only gelu_new"),
-        ("layer_norm_epsilon", 1e-3, "only gelu_new"),
+        ("model_type", "gptj", "only gpt2 is computed"),
+        ("activation_function", "relu", "only gelu_new or gelu_pytorch_tanh is computed"),
+        ("layer_norm_epsilon", 1e-3, "only 1e-05"),
+        ("tie_word_embeddings", False, "only True"),
+        ("scale_attn_weights", False, "only True"),
+        ("scale_attn_by_inverse_layer_idx", True, "only False"),
         ("n_embd", 16, "here it is"),
     ):
         about = json.loads((tmp_path / "given" / "config.json").read_bytes())
@@ -458,6 +467,20 @@ def test_a_model_of_transformers_is_measured_and_teaches(language: Config, tmp_p
         (tmp_path / "other" / "config.json").write_text(json.dumps({**about, key: value}))
         with pytest.raises(RbeError, match=message):
             train(replace(student, train=replace(student.train, teacher="other")), tmp_path / "out")
+    given.transformer.ln_f.weight.data[3] = math.nan
+    given.save_pretrained(tmp_path / "broken")
+    with pytest.raises(RbeError, match="not finite; fetch the model again"):
+        train(replace(student, train=replace(student.train, teacher="broken")), tmp_path / "out")
+    (tmp_path / "other" / "config.json").write_text("[" * 5000)
+    with pytest.raises(RbeError, match="cannot be read"):
+        train(replace(student, train=replace(student.train, teacher="other")), tmp_path / "out")
+
+
+def test_a_last_line_without_an_end_is_one_too(pairs: Config, tmp_path: Path) -> None:
+    whole = Translation(pairs).lines
+    for path in tmp_path.glob("**/*.de.txt"):
+        path.write_text(path.read_text().removesuffix("\n"))
+    assert Translation(pairs).lines == whole
 
 
 def test_what_the_data_does_not_fit(

@@ -195,6 +195,9 @@ class Seeded(nn.Module):
         """
         owner = self.owner
         if owner.trainable:
+            latent = owner._parameters.get("latent")
+            if latent is not None and not latent.isfinite().all():
+                raise RbeError(f"{type(self).__name__}: a latent is not finite; training has diverged, lower its rate")
             matrix = owner.matrix
             for name in ("code", "latent", "radius", "angle", "scale"):
                 if name in owner._parameters or name in owner._buffers:

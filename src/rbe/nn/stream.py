@@ -1,7 +1,9 @@
 """Layers whose matrix and bias are one stream of bits, trained as whole numbers: for ratios beyond 250:1."""
 
 import math
-from typing import Self
+import zlib
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,13 @@ from rbe.kernels.tensors import unwatched
 
 # Share of a matrix that is not 0 above which a dense product is faster than one of what is there.
 DENSE = 0.4
+# What a state dict says of a stream beside its tensors.
+_ABOUT = "rbe.stream"
+
+
+def _check(seed: Tensor) -> int:
+    flat: Any = seed.cpu().numpy()
+    return zlib.crc32(flat)
 
 
 class _Rounded(torch.autograd.Function):
@@ -135,8 +144,16 @@ class Stream(nn.Module):
         return stream.pack(self.levels.cpu(), cells=self.cells, bias=self.bias)
 
     def freeze(self) -> Self:
-        """Pack the latents into the seed, in place: what files hold."""
+        """Pack the latents into the seed, in place: what files hold.
+
+        Raises:
+            RbeError: a latent or the scale is not finite.
+        """
         if self.trainable:
+            if not (self.latent.isfinite().all() and self.log_scale.exp().isfinite()):
+                raise RbeError(
+                    f"{type(self).__name__}: a latent or the scale is not finite; training has diverged, lower its rate"
+                )
             seed, scale = self.pack(), self.log_scale.detach().exp()
             del self.latent, self.log_scale
             self.register_buffer("seed", seed)
@@ -164,13 +181,46 @@ class Stream(nn.Module):
         """Shape of the weight as torch's layer has it."""
         return self.shape
 
-    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+    def _about(self) -> dict[str, object]:
+        """What a seed is read by, and stays silent about."""
+        return {"shape": self.shape, "cells": self.cells, "bias": self.bias, "open_shape": self.open_shape}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        about = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if about is not None:
+            about[_ABOUT] = self._about() if self.trainable else {**self._about(), "check": _check(self.seed)}
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any, unexpected_keys: Any,
+        error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        seed = state_dict.get(f"{prefix}seed")
+        stored = dict(local_metadata.get(_ABOUT, {}))
+        check, name = stored.pop("check", None), prefix.removesuffix(".")
+        # Another reading of the same bits makes other weights without a word, and so do bits that are not all there.
+        if stored and stored != self._about():
+            error_msgs.append(f"{name}: the state is of a stream with {stored}, this one has {self._about()}")
+            return
+        if check is not None and seed is not None and check != _check(seed):
+            error_msgs.append(f"{name}: the seed is not the one that was saved; load it again")
+            return
         # The length of a seed is known only by the file.
-        seed = state.get(f"{prefix}seed")
         if seed is not None and not self.trainable:
             self.seed = torch.empty_like(seed, device=self.seed.device)
             self._decoded = None
-        super()._load_from_state_dict(state, prefix, *rest)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        scale = self._buffers.get("scale")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        new = self._buffers.get("scale")
+        # .half() and .to(bfloat16) cast every float buffer; the scale keeps its exact value.
+        if scale is not None and new is not None and new.dtype != scale.dtype:
+            self._buffers["scale"] = scale.to(new.device)
+        return self
 
     def stored(self) -> tuple[int, int]:
         """(weights that the matrix has, bytes of the seed); the scale is 4 bytes more."""

@@ -58,8 +58,8 @@ def load(config: Config) -> Images:
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if x.ndim not in (3, 4) or len(x) != len(y) or x.dtype != np.uint8 or not len(x):
-            raise RbeError(f"train: {path}: x_{part} is {x.dtype} {x.shape} with {len(y)} labels; images must be uint8")
+        if x.ndim not in (3, 4) or len(x) != y.size or x.dtype != np.uint8 or not len(x):
+            raise RbeError(f"train: {path}: x_{part} is {x.dtype} {x.shape} with {y.size} labels; images must be uint8")
         if y.dtype.kind not in "iu" or y.size != len(x):
             raise RbeError(f"train: {path}: y_{part} is {y.dtype} {y.shape}; it must be a whole number for every image")
         images = torch.from_numpy(x).float() / 255

@@ -105,6 +105,20 @@ def _tokens(tokenizer: Any, path: Path) -> Tensor:
     return torch.tensor([code for one in tokenizer.encode_batch(lines) for code in one.ids])
 
 
+# What a GPT-2 folder may ask for, what it asks for without saying so first.
+COMPUTED: dict[str, tuple[object, ...]] = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "tie_word_embeddings": (True,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+# Numbers of a folder are below it.
+MOST = 1 << 24
+
+
 def named_sizes(model: Model, folder: Path) -> Model:
     """The sizes that a GPT-2 folder of transformers names.
 
@@ -114,20 +128,26 @@ def named_sizes(model: Model, folder: Path) -> Model:
     path = folder / "config.json"
     try:
         named = json.loads(path.read_bytes())
-        size, wide = int(named["n_embd"]), named.get("n_inner")
-        inner = 4 * size if wide is None else int(wide)
-        whole = [int(named[key]) for key in ("vocab_size", "n_layer", "n_head")]
-        eps, kind = float(named.get("layer_norm_epsilon", 1e-5)), named.get("activation_function", "gelu_new")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+        size, wide = named["n_embd"], named.get("n_inner")
+        inner = 4 * size if wide is None else wide
+        vocabulary, layers, heads = (named[key] for key in ("vocab_size", "n_layer", "n_head"))
+        settings = {key: named.get(key, usual) for key, (usual, *_) in COMPUTED.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
         raise RbeError(f"train: {path} cannot be read ({cause!r}); name a GPT-2 folder of transformers") from cause
-    vocabulary, layers, heads = whole
-    if min(size, inner, *whole) < 1 or size % heads:
-        raise RbeError(f"train: {path} has size {size}, inner {inner}, {heads} heads, which is no GPT-2 model")
-    if kind not in ("gelu_new", "gelu_pytorch_tanh") or eps != 1e-5:
+    numbers = {"n_embd": size, "n_inner": inner, "vocab_size": vocabulary, "n_layer": layers, "n_head": heads}
+    for key, number in numbers.items():
+        if type(number) is not int or not 0 < number < MOST:
+            raise RbeError(f"train: {path}: {key} is {number!r}, which is no GPT-2 model; name another folder")
+    if size % heads:
         raise RbeError(
-            f"train: {path} has activation_function {kind} and layer_norm_epsilon {eps}; only gelu_new and 1e-5 are "
-            "computed here; name another folder"
+            f"train: {path}: {heads} heads do not divide {size}, which is no GPT-2 model; name another folder"
         )
+    for key, value in settings.items():
+        if value not in COMPUTED[key]:
+            offered = " or ".join(map(str, COMPUTED[key]))
+            raise RbeError(
+                f"train: {path}: {key} is {value!r}, but only {offered} is computed here; name another folder"
+            )
     return replace(model, vocabulary=vocabulary, layers=layers, size=size, heads=heads, inner=inner)
 
 
@@ -145,6 +165,12 @@ def adopt(model: nn.Module, folder: Path) -> None:
     except (OSError, SafetensorError) as cause:
         raise RbeError(f"train: {path} cannot be read ({cause}); name a GPT-2 folder of transformers") from cause
     own = dict(model.named_parameters())
+    layers = {int(name.split(".")[1]) for name in stored if name.startswith("h.") and name.split(".")[1].isdigit()}
+    blocks = {int(name.split(".")[1]) for name in own if name.startswith("blocks.")}
+    if more := sorted(layers - blocks):
+        raise RbeError(
+            f"train: {folder} has a layer {more[0]}, which its config.json does not count; name another folder"
+        )
     for name, parameter in own.items():
         part, _, kind = name.rpartition(".")
         source = _names(part)
@@ -157,7 +183,12 @@ def adopt(model: nn.Module, folder: Path) -> None:
         tensor = tensor.T if kind == "weight" and ".c_" in f".{source}" else tensor
         tensor = tensor[: len(parameter)] if part == "place" else tensor
         if tensor.shape != parameter.shape:
-            raise RbeError(f"train: {folder}: {source}.{kind} is {tuple(tensor.shape)}, here it is {parameter.shape}")
+            told = "; shorten [data] length" if part == "place" else "; name another folder"
+            raise RbeError(
+                f"train: {folder}: {source}.{kind} is {tuple(tensor.shape)}, here it is {tuple(parameter.shape)}{told}"
+            )
+        if not tensor.isfinite().all():
+            raise RbeError(f"train: {folder}: {source}.{kind} has numbers that are not finite; fetch the model again")
         parameter.data.copy_(tensor)
 
 

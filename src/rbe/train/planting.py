@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rbe.nn as seeded
 from rbe.errors import RbeError
-from rbe.nn import Stream
+from rbe.nn import Seeded, SeededVector, Stream
 from rbe.train.config import Seeds
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
@@ -125,6 +125,9 @@ def start(network: nn.Module, source: nn.Module) -> None:
     given = {m.name: m for m in matrices(source)}
     own = {m.name: tuple(m.weight.shape) for m in matrices(network)}
     own |= {name: m.shape for name, m in parts.items() if isinstance(m, Stream)}
+    own |= {
+        name: m.spec.shape for name, m in parts.items() if isinstance(m, Seeded) and not isinstance(m, SeededVector)
+    }
     for name in given:
         if name not in parts and name not in own:
             raise RbeError(f"train: the network to start from has a matrix {name}, this one has not; use its shape")

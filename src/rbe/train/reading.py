@@ -23,6 +23,8 @@ NETWORKS = {
 }
 # Far more of them end the process.
 MOST_THREADS = 1024
+# Sizes and rates beyond these are slips of the keyboard, and end in overflows far from here.
+MOST_UNITS, HIGHEST = 1 << 24, 1e3
 FORMATS = ("outer128", "packed128", "packed64", "stream", "dense")
 
 
@@ -46,14 +48,14 @@ def load_config(path: str | Path) -> Config:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as cause:
         raise RbeError(f"train: {path} cannot be read ({cause.strerror or cause}); give a TOML file") from cause
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
+    except (ValueError, RecursionError) as cause:  # numbers of thousands of digits, too
         raise RbeError(f"train: {path} is no TOML: {cause}") from cause
     _refuse_unknown(path, "", given, {"name", *PARTS})
-    if "path" not in given.get("data", {}):
+    if not isinstance(given.get("data", {}), dict) or "path" not in given.get("data", {}):
         raise RbeError(f"train: {path} has no [data] path; name the file or folder of the data")
     made: dict[str, Any] = {key: _read(path, key, given.get(key, {}), kind) for key, kind in PARTS.items()}
     name = given.get("name", path.stem)
-    if not isinstance(name, str) or Path(name).name != name:
+    if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
         raise RbeError(f"train: {path}: name is {name!r}; it must be text that can be the name of a folder")
     config = Config(name, folder=path.parent, **made)
     _check(path, config)
@@ -153,6 +155,8 @@ def _check(path: Path, config: Config) -> None:
         ("[train] phases", config.train.phases, ("one", "three", "rounds")),
     ]
     choices += [("[[seeds.layer]] format", layer.format, FORMATS) for layer in seeds.layer if layer.format is not None]
+    if isinstance(seeds.bias, str) and seeds.bias != "seed":
+        raise RbeError(f"train: {path}: [seeds] bias is {seeds.bias!r}; give true, false or 'seed'")
     for what, value, known in choices:
         if value not in known:
             raise RbeError(f"train: {path}: {what} is {value!r}; choose one of {', '.join(known)}")
@@ -164,8 +168,6 @@ def _check(path: Path, config: Config) -> None:
         raise RbeError(
             f"train: {path}: [train] rest_bits is {rest}; choose one of {offered}, and 32 for a dense network"
         )
-    if min(model.widths, default=1) < 1:
-        raise RbeError(f"train: {path}: [model] widths {list(model.widths)} are not all positive")
     if model.kind == "mlp" and len(model.widths) < 2:
         raise RbeError(f"train: {path}: [model] widths {list(model.widths)} are no network; give input and output")
     if model.kind == "lenet5" and len(model.widths) != 4:
@@ -212,8 +214,6 @@ def _check_stream(path: Path, config: Config, matrices: int) -> None:
         )
     if not seeds.bytes and not any(layer.bytes for layer in seeds.layer):
         raise RbeError(f"train: {path}: [seeds] bytes is missing; with format stream it says how many there may be")
-    if recipe.dense_lr is not None and not 0 < recipe.dense_lr < math.inf:
-        raise RbeError(f"train: {path}: [train] dense_lr is {recipe.dense_lr}; it must be positive")
     if seeds.rows and (len(seeds.rows) != matrices or min(seeds.rows) < 1 or seeds.layer):
         raise RbeError(
             f"train: {path}: [seeds] rows is {list(seeds.rows)}; give {matrices} positive numbers"
@@ -257,13 +257,22 @@ def _check_numbers(path: Path, config: Config) -> None:
     shares |= {"flip_share": recipe.flip_share, "beam_share": recipe.beam_share}
     sections += [("train", name, number, 0 <= number <= 1, "in [0, 1]") for name, number in shares.items()]
     sizes = {"width": model.width, "layers": model.layers, "size": model.size, "heads": model.heads}
-    sections += [("model", name, number, number > 0, "positive") for name, number in sizes.items()]
+    sizes |= {"inner": model.inner, **{f"widths, entry {k + 1},": width for k, width in enumerate(model.widths)}}
+    most = "positive, and below 2^24"
+    sections += [("model", name, number, 0 < number < MOST_UNITS, most) for name, number in sizes.items()]
+    rates = {"lr": recipe.lr, "latent_lr": recipe.latent_lr, "dense_lr": recipe.dense_lr}
+    sections += [
+        ("train", name, rate, 0 < rate <= HIGHEST, f"positive, and at most {HIGHEST:g}")
+        for name, rate in rates.items()
+        if rate is not None
+    ]
     sections += [
         ("model", "dropout", model.dropout, 0 <= model.dropout < 1, "in [0, 1)"),
         ("data", "length", config.data.length, config.data.length > 1, "at least 2"),
         ("data", "validation", held, held > 0 or config.data.task == "characters", "positive"),
         ("data", "shrink", config.data.shrink, config.data.shrink > 0, "positive"),
-        ("data", "shift", config.data.shift, config.data.shift >= 0, "0 or more"),
+        ("data", "shift", config.data.shift, 0 <= config.data.shift < MOST_UNITS, "0 or more, and below 2^24"),
+        ("model", "vocabulary", model.vocabulary, 0 <= model.vocabulary < MOST_UNITS, "0 or more, and below 2^24"),
         ("seeds", "bytes", config.seeds.bytes, config.seeds.bytes >= 0, "0 or more"),
         ("seeds", "spread", config.seeds.spread, 0 < config.seeds.spread < math.inf, "positive"),
         ("train", "softness", recipe.softness, 0 < recipe.softness < math.inf, "positive"),

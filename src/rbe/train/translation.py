@@ -157,7 +157,8 @@ def _learn(lines: list[str], size: int) -> Any:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").split("\n")[:-1]
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return lines[:-1] if not lines[-1] else lines  # the end of the last line is no line
     except (OSError, UnicodeDecodeError) as cause:
         raise RbeError(f"train: {path} cannot be read as text ({cause})") from cause
 

@@ -1,0 +1,191 @@
+"""Folders of runs: one process at a time, nothing half written, nothing of another run."""
+
+import fcntl
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from run_cases import QUICK, STREAM, Stopped, Write
+
+from rbe.errors import RbeError
+from rbe.train import Config, Progress, load, load_config, store, train
+from rbe.train.run import CHECKPOINT, RESULT, TASKS, WEIGHTS
+
+
+def stop(_: Progress | None) -> None:
+    raise Stopped
+
+
+def interrupted(config: Config, out: Path) -> None:
+    with pytest.raises(Stopped):
+        train(config, out, stop)
+
+
+def test_a_folder_in_use_is_left_alone(write: Write, tmp_path: Path) -> None:
+    config, out = load_config(write(QUICK)), tmp_path / "out"
+
+    def second(_: Progress) -> None:
+        with pytest.raises(RbeError, match="in use"):
+            train(config, out)
+        with pytest.raises(RbeError, match="in use"):
+            train(config, out, restart=True)
+
+    result = train(config, out, second)
+    assert sorted(path.name for path in out.iterdir()) == sorted([RESULT, WEIGHTS])
+    assert train(config, out) == result
+
+
+def test_restart_throws_away_at_once(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, out = load_config(write(QUICK)), tmp_path / "out"
+
+    def killed() -> None:
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr("rbe.train.run._Run.epoch", lambda *_: stop(None))
+            train(config, out, restart=True)
+
+    interrupted(config, out)
+    killed()
+    assert not list(out.iterdir())
+    train(config, out)
+    killed()
+    assert not list(out.iterdir())
+
+
+def test_a_refused_restart_keeps_what_there_is(write: Write, tmp_path: Path) -> None:
+    config, out = load_config(write(QUICK)), tmp_path / "out"
+    result = train(config, out)
+    (tmp_path / "data.npz").unlink()
+    with pytest.raises(RbeError, match="no data file"):
+        train(config, out, restart=True)
+    assert train(config, out) == result
+
+
+def test_a_network_of_another_run_is_not_taken_for_its_own(write: Write, tmp_path: Path) -> None:
+    config = load_config(write(QUICK))
+    other = replace(config, train=replace(config.train, seed=1))
+    train(config, tmp_path / "out")
+    train(other, tmp_path / "other")
+    (tmp_path / "out" / WEIGHTS).write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
+    for read in (lambda: load(tmp_path / "out"), lambda: train(config, tmp_path / "out")):
+        with pytest.raises(RbeError, match="not of the run"):
+            read()
+
+
+@pytest.mark.parametrize("when", ["before the network", "after the network"])
+def test_killed_while_it_ends(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Over the finished run of another configuration: there is a run to go on with, or none."""
+    config, out = load_config(write(QUICK)), tmp_path / "out"
+    train(replace(config, train=replace(config.train, seed=1)), out)
+    whole, put = train(config, tmp_path / "whole"), store.write
+
+    def write_until(path: Path, data: bytes) -> None:
+        if path.name == (WEIGHTS if when == "before the network" else RESULT):
+            raise Stopped
+        put(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write", write_until)
+        with pytest.raises(Stopped):
+            train(config, out, restart=True)
+    with pytest.raises(RbeError, match="no finished run"):
+        load(out)
+    again = train(config, out)
+    assert replace(again, seconds=0.0) == replace(whole, seconds=0.0)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda known: known["result"].pop("curve"),
+        lambda known: known["result"].update(plan=[{"x": 1}]),
+        lambda known: known["config"]["train"].update(lr=0.5),
+        lambda known: known.update(result=5),
+    ],
+    ids=["no curve", "no plan", "another rate", "no result"],
+)
+def test_a_damaged_result_is_told(write: Write, tmp_path: Path, damage: Callable[[dict[str, object]], object]) -> None:
+    config, out = load_config(write(QUICK)), tmp_path / "out"
+    train(config, out)
+    known = json.loads((out / RESULT).read_text())
+    damage(known)
+    (out / RESULT).write_text(json.dumps(known))
+    with pytest.raises(RbeError, match=r"damaged|another run"):
+        train(config, out)
+    (out / RESULT).write_text("{")
+    with pytest.raises(RbeError, match="damaged"):
+        train(config, out)
+
+
+def test_what_cannot_be_written_is_told(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(write(QUICK))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RbeError, match="cannot be written to"):
+        train(config, tmp_path / "file")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rbe.shards.put", full)
+    with pytest.raises(RbeError, match=r"checkpoint\.pt cannot be written.*No space left"):
+        train(config, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("what", ["data", "start", "teacher"])
+def test_a_run_does_not_go_on_with_something_else(write: Write, tmp_path: Path, what: str) -> None:
+    config = load_config(write(STREAM))
+    dense = replace(config, name="dense", seeds=replace(config.seeds, format="dense", bytes=0))
+    dense = replace(dense, train=replace(dense.train, epochs=1, lr=1e-2))
+    train(dense, tmp_path / "dense")
+    if what == "start":
+        config = replace(config, model=replace(config.model, start="dense"))
+    if what == "teacher":
+        config = replace(config, train=replace(config.train, teacher="dense"))
+    interrupted(config, tmp_path / "out")
+    if what == "data":
+        parts = dict(np.load(tmp_path / "data.npz"))
+        parts["x_train"] = parts["x_train"][::-1]
+        np.savez(tmp_path / "data.npz", **parts)
+    else:
+        train(replace(dense, train=replace(dense.train, seed=1)), tmp_path / "dense", restart=True)
+    with pytest.raises(RbeError, match="not what they were"):
+        train(config, tmp_path / "out")
+
+
+def test_norms_are_measured_over_full_batches(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 images, 498 at once: the two that are left would count as much."""
+    config = load_config(write("[train]\nepochs = 1\nbatch = 498\nlr = 0.02\n"))
+    sizes = []
+    batches = TASKS["images"].batches
+
+    def seen(self: object, generator: torch.Generator) -> object:
+        for batch in batches(self, generator):  # type: ignore[arg-type]
+            sizes.append(len(batch.targets))
+            yield batch
+
+    monkeypatch.setattr(TASKS["images"], "batches", seen)
+    train(config, tmp_path / "out")
+    assert sizes[-1] == 498
+
+
+def test_a_network_of_no_numbers_is_not_kept(write: Write, tmp_path: Path) -> None:
+    config = load_config(write("[seeds]\nformat = 'dense'\n[train]\nepochs = 1\nsteps = 1\nbatch = 50\n"))
+    config = replace(config, train=replace(config.train, lr=1e30))  # more than a file may ask for
+    with pytest.raises(RbeError, match="no epoch left a network of finite numbers"):
+        train(config, tmp_path / "out")
+    with pytest.raises(RbeError, match="no finished run"):
+        load(tmp_path / "out")
+
+
+def test_the_lock_of_a_killed_process_keeps_nobody_out(write: Write, tmp_path: Path) -> None:
+    config, out = load_config(write(QUICK)), tmp_path / "out"
+    out.mkdir()
+    with (out / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    assert train(config, out).epoch
+    assert not (out / "lock").exists()
+    assert not (out / CHECKPOINT).exists()
