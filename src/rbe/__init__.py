@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rbe import disk, formats, kernels, metrics, nn, optim
+    from rbe import disk, formats, kernels, metrics, nn, optim, train
     from rbe.allocate import Plan
     from rbe.compress import compress_, decompress_
     from rbe.errors import CorruptFile, RbeError
@@ -41,9 +41,10 @@ __all__ = [
     "optim",
     "save",
     "set_activations",
+    "train",
 ]
 
-_MODULES = ("disk", "formats", "hf", "kernels", "metrics", "nn", "optim")
+_MODULES = ("disk", "formats", "hf", "kernels", "metrics", "nn", "optim", "train")
 _HOMES = {"Plan": "allocate", "SeedMatrix": "matrix", "SeedSpec": "formats", "encode": "search"}
 _HOMES |= {"CorruptFile": "errors", "RbeError": "errors", "decompress_": "compress", "set_activations": "nn"}
 _HOMES |= {"compress_": "compress", "load": "model", "save": "model"}

@@ -26,7 +26,8 @@ def check_radius(radius: Tensor, field: str = "radius") -> None:
     >>> check_radius(torch.tensor([0.0, 0.999]))
     >>> check_radius(torch.tensor([0.5, 1.0]), "seed radius")
     Traceback (most recent call last):
-    rbe.errors.RbeError: seed radius is 1 at [1]; the disk is 0 <= r < 1: clip it or use rbe.disk.project
+    rbe.errors.RbeError: seed radius is 1 at [1]; the disk is 0 <= r < 1: use rbe.disk.project, and train with \
+rbe.optim.HybridAdam or rbe.optim.guard, which keep it there
 
     Inside `torch.compile` and `torch.func` nothing is known about the values, so nothing is refused there.
 
@@ -40,7 +41,10 @@ def check_radius(radius: Tensor, field: str = "radius") -> None:
         where = outside.nonzero()[0].tolist()
         value = float(radius.detach()[tuple(where)])
         place = f" at {where}" if where else ""
-        raise RbeError(f"{field} is {value:.9g}{place}; the disk is 0 <= r < 1: clip it or use rbe.disk.project")
+        raise RbeError(
+            f"{field} is {value:.9g}{place}; the disk is 0 <= r < 1: use rbe.disk.project, and train with "
+            "rbe.optim.HybridAdam or rbe.optim.guard, which keep it there"
+        )
 
 
 # From here on neighbouring float32 numbers are 2 radians apart: the place in the turn is lost.

@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from rbe.errors import RbeError
 from rbe.formats import stream
-from rbe.nn import Stream, StreamLinear
+from rbe.nn import Linear, Stream, StreamLinear
 from rbe.nn.stream import streams
-from rbe.optim import StreamAdam
+from rbe.optim import HybridAdam, StreamAdam
 from rbe.optim.stream import price
 
 
@@ -148,6 +148,16 @@ def test_the_state_of_another_model_or_optimizer_is_refused() -> None:
     del state["param_groups"][0]["pressure"]
     with pytest.raises(RbeError, match="another optimizer"):
         optimizer.load_state_dict(state)
+
+
+def test_a_whole_run_as_the_documents_have_it() -> None:
+    model, x, y = problem()
+    optimizer = StreamAdam(model, 60, 40, 3e-2)
+    run(model, optimizer, x, y, 40)
+    assert optimizer.freeze() == len(model.seed) <= 60
+    assert not model.trainable
+    with pytest.raises(RbeError, match="StreamAdam"):
+        HybridAdam(nn.Sequential(Linear(16, 16, format="outer128"), StreamLinear(16, 4)))
 
 
 def test_copies_of_model_and_optimizer_go_on_alike() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from run_cases import QUICK, STREAM, Stopped, Write
 
+import rbe.train
 from rbe.errors import RbeError
 from rbe.train import Config, Progress, load, load_config, store, train
 from rbe.train.run import CHECKPOINT, RESULT, TASKS, WEIGHTS
@@ -23,6 +24,28 @@ def stop(_: Progress | None) -> None:
 def interrupted(config: Config, out: Path) -> None:
     with pytest.raises(Stopped):
         train(config, out, stop)
+
+
+def test_somebody_who_has_only_the_folder_can_use_the_network(write: Write, tmp_path: Path) -> None:
+    train(load_config(write(QUICK)), tmp_path / "out")
+    result, model = rbe.train.read_result(tmp_path / "out"), rbe.train.load(tmp_path / "out")
+    parts = np.load(tmp_path / "data.npz")
+    about = result.inputs
+    x = (torch.from_numpy(parts["x_test"])[:, None] / 255 - about["mean"]) / about["deviation"]
+    right = model(x).argmax(1) == torch.from_numpy(parts["y_test"].astype(int))
+    assert right.double().mean().item() == pytest.approx(result.value)
+    with pytest.raises(RbeError, match="no finished run"):
+        rbe.train.read_result(tmp_path)
+
+
+def test_what_has_changed_in_a_configuration_is_told(write: Write, tmp_path: Path) -> None:
+    config = load_config(write(QUICK))
+    longer = replace(config, train=replace(config.train, epochs=9))
+    interrupted(config, tmp_path / "out")
+    for _ in range(2):
+        with pytest.raises(RbeError, match=r"train\.epochs was 4, now it is 9"):
+            train(longer, tmp_path / "out")
+        train(config, tmp_path / "out")
 
 
 def test_a_folder_in_use_is_left_alone(write: Write, tmp_path: Path) -> None:

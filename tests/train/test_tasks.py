@@ -476,6 +476,11 @@ def test_a_model_of_transformers_is_measured_and_teaches(language: Config, tmp_p
         train(replace(student, train=replace(student.train, teacher="other")), tmp_path / "out")
 
 
+def test_what_networks_of_characters_take_is_told(characters: Config) -> None:
+    task = TASKS["characters"](characters)
+    assert "".join(sorted(set((characters.folder / characters.data.path).read_text()))) == task.inputs["symbols"]
+
+
 def test_a_last_line_without_an_end_is_one_too(pairs: Config, tmp_path: Path) -> None:
     whole = Translation(pairs).lines
     for path in tmp_path.glob("**/*.de.txt"):

@@ -80,7 +80,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             # A failed `verify` has printed its JSON object already, with the problems one by one.
             fail(str(wrong), as_json and not getattr(wrong, "said", False))
         except KeyboardInterrupt:
-            fail(RESUMES if command.__name__ == "compress" else "interrupted", as_json, 130)
+            fail(RESUMES if command.__name__ in ("compress", "train") else "interrupted", as_json, 130)
         except ImportError as missing:
             extra = _EXTRAS.get((missing.name or "").split(".")[0])
             if extra is None:
@@ -373,7 +373,9 @@ def generate(
 @app.command()
 @guarded
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file; see examples/.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A TOML file; see examples/ and docs/configuration.md.")
+    ],
     output: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FOLDER", help="For checkpoint, result and model (default: runs/NAME)."),

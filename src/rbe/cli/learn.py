@@ -76,7 +76,7 @@ def _rows(shares: Sequence[Share]) -> list[list[str]]:
 
 
 def _results(result: Result, folder: Path) -> list[list[str]]:
-    metric = result.metric.replace("_", " ")
+    metric, mixed = result.metric.replace("_", " "), any(part.format == "dense" for part in result.parts)
     parts = [
         [
             f"{part.format} {part.pattern}".strip(),
@@ -88,7 +88,11 @@ def _results(result: Result, folder: Path) -> list[list[str]]:
     return [
         [f"test {metric}", _shown(result.metric, result.value), f"epoch {result.epoch}, best on validation"],
         ["validation", _shown(result.metric, result.validation), ""],
-        ["seeds", f"{result.seed_bytes:,} bytes", f"{result.ratio:.1f}:1 against float32"],
+        [
+            "matrices, dense ones too" if mixed else "seeds",
+            f"{result.seed_bytes:,} bytes",
+            f"{result.ratio:.1f}:1 against float32",
+        ],
         *(parts if len(parts) > 1 else ()),
         ["whole model", f"{result.bytes:,} bytes", f"{result.whole_ratio:.1f}:1; scales, biases and norms counted"],
         *([["model.rbe", f"{result.file_bytes:,} bytes", "the file"]] if result.file_bytes else ()),
@@ -109,8 +113,8 @@ class _Page:
             return ""
         cards = [
             (_shown(result.metric, result.value), f"test {result.metric.replace('_', ' ')}"),
-            (f"{result.seed_bytes:,}", "bytes of seeds"),
-            (f"{result.ratio:.1f}:1", "seeds against float32"),
+            (f"{result.seed_bytes:,}", "bytes of matrices"),
+            (f"{result.ratio:.1f}:1", "matrices against float32"),
             (f"{result.bytes:,}", "bytes of the whole model"),
         ]
         return self.update(self.last, cards)

@@ -86,7 +86,8 @@ def get(name: str) -> SeedFormat:
     try:
         return FORMATS[name]
     except KeyError:
-        raise RbeError(f"format {name!r} is not known; this version has {', '.join(sorted(FORMATS))}") from None
+        layers = "; streams have layers of their own, rbe.nn.StreamLinear and others" if name == "stream" else ""
+        raise RbeError(f"format {name!r} is not known; this version has {', '.join(sorted(FORMATS))}{layers}") from None
 
 
 def is_disk(name: str) -> bool:

@@ -17,7 +17,7 @@ from rbe.optim import transitions
 from rbe.optim.motion import METHODS, Method, adam_step
 from rbe.optim.penalties import total_entropy
 from rbe.optim.seeds import Points, gradients, open_layers, points, wrap
-from rbe.optim.state import adam_all, check, lay
+from rbe.optim.state import adam_all, check, lay, refuse_streams
 from rbe.optim.transitions import Outcome
 from rbe.search.blocks import Blocks
 
@@ -111,6 +111,7 @@ class HybridAdam(Optimizer):
         latents = [m.latent for m in open_layers(model) if "latent" in m._parameters]
         scales = [m.scale for m in open_layers(model) if "scale" in m._parameters]
         own |= {id(p) for p in (*latents, *scales)}
+        refuse_streams(model)
         dense = [p for p in model.parameters() if id(p) not in own]
         groups = [
             {"role": "point", "lr": lr, "params": [p for one in self.points for p in (one.radius, one.angle)]},

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from rbe.errors import RbeError
+from rbe.nn.stream import streams
 
 # Shapes that a tensor of the state may have: (role of the group, name in the state, parameter).
 Shapes = Callable[[str, str, Tensor], tuple[torch.Size, ...]]
@@ -46,6 +47,16 @@ def check(optimizer: torch.optim.Optimizer, saved: dict[str, Any], shapes: Shape
                 f"{name}: the state is of another model or method: {key} of a parameter {tuple(p.shape)} is "
                 f"{tuple(value.shape)}; build the same model and optimizer"
             )
+
+
+def refuse_streams(model: nn.Module) -> None:
+    """Refuse a model of streams, whose bytes nobody would watch.
+
+    Raises:
+        RbeError: it has open ones.
+    """
+    if any(layer.trainable for layer in streams(model)):
+        raise RbeError("HybridAdam: the model has open streams; train it with rbe.optim.StreamAdam")
 
 
 def lay(states: dict[Tensor, dict[str, Any]]) -> None:

@@ -197,6 +197,23 @@ class StreamAdam(torch.optim.Adam):
         super().load_state_dict(state_dict)
         self.costs = {}
 
+    def freeze(self) -> int:
+        """Bring the streams to the bytes allowed and pack them, in place. The optimizer is then done.
+
+        >>> from rbe.nn import StreamLinear
+        >>> model = StreamLinear(16, 32)
+        >>> StreamAdam(model, bytes=50, steps=50).freeze() == len(model.seed) <= 50
+        True
+
+        Returns:
+            the bytes of all.
+        """
+        size = self.fit()
+        for layers, _ in self.parts:
+            for layer in layers:
+                layer.freeze()
+        return size
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies have everything; torch's own keep groups and state alone."""
         own = ("parts", "steps", "every", "costs")

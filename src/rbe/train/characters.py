@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class Characters(Task):
         check_symbols(config, len(symbols))
         place = {symbol: k for k, symbol in enumerate(symbols)}
         codes = torch.tensor([place[c] for c in text])
+        self.symbols = symbols
         first, second = (int(share * len(codes)) for share in SHARES)
         self.train, self.held, self.test = codes[:first], codes[first:second], codes[second:]
         if min(len(self.held), len(self.test)) < 2 * STREAMS or self.examples < 1:
@@ -43,6 +45,11 @@ class Characters(Task):
     def examples(self) -> int:
         """Windows to train on."""
         return (len(self.train) - 1) // self.config.data.length - 1
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The network takes places of characters among the symbols."""
+        return {"symbols": "".join(self.symbols)}
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         """Windows in a random order; their first characters have no state to go on from."""

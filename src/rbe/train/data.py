@@ -25,6 +25,7 @@ class Images:
     """Images float32 (n, channels, h, w) and labels int64 (n,).
 
     Attributes:
+        mean, deviation: what pixels in [0, 1] were normalised by.
         black: what a black pixel is after normalising, for what is moved in from outside.
     """
 
@@ -32,6 +33,8 @@ class Images:
     validation: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     black: float
+    mean: float
+    deviation: float
 
 
 def load(config: Config) -> Images:
@@ -75,7 +78,8 @@ def load(config: Config) -> Images:
         raise RbeError(f"train: [data] validation is {held}, but there are {len(x)} images; keep some of both")
     mean, deviation = x[:-held].mean(), x[:-held].std().clamp_min(1e-6)
     x, test = (x - mean) / deviation, (parts["test"][0] - mean) / deviation
-    return Images((x[:-held], y[:-held]), (x[-held:], y[-held:]), (test, parts["test"][1]), float(-mean / deviation))
+    numbers = float(-mean / deviation), float(mean), float(deviation)
+    return Images((x[:-held], y[:-held]), (x[-held:], y[-held:]), (test, parts["test"][1]), *numbers)
 
 
 def _shrunk(images: Tensor, edge: int, path: Path) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,11 @@ class Pictures(Task):
     def examples(self) -> int:
         """Images to train on."""
         return len(self.images.train[0])
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The network takes (pixels / 255 - mean) / deviation."""
+        return {"mean": self.images.mean, "deviation": self.images.deviation}
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         """Images in a random order, every one anew moved and mirrored."""

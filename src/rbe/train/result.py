@@ -1,6 +1,6 @@
 """What a run says of itself: after every epoch, now and then within one, and at its end."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rbe.train.budget import Share
@@ -80,6 +80,8 @@ class Result:
         curve: the validation metric by epoch.
         plan: what each matrix got, where a number of bytes was divided.
         parts: weights and bytes by pattern and format; of runs of before it was kept none.
+        inputs: what the network takes. images: `mean` and `deviation`, for (pixels / 255 - mean) / deviation.
+            characters: `symbols`, whose places stand for them. Else empty: tokenizers are given or learned.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Result:
     plan: tuple[Share, ...] = ()
     parts: tuple[Part, ...] = ()
     file_bytes: int = 0
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:

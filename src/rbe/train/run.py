@@ -477,6 +477,7 @@ def _finish(run: _Run, out: Path, identity: str, build: Build) -> Result:
         plan=run.plan,
         parts=parts,
         file_bytes=len(data),
+        inputs=run.task.inputs,
     )
     store.keep(out, identity, result, data)
     return result

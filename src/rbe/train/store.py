@@ -57,6 +57,25 @@ def load(folder: str | Path, build: Build = networks.build) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def read_result(folder: str | Path) -> Result:
+    """What a finished run came to; its `inputs` say what the network must be given.
+
+    >>> read_result("runs/none")
+    Traceback (most recent call last):
+    rbe.errors.RbeError: train: there is no finished run in runs/none (No such file or directory); train it first
+
+    Raises:
+        RbeError: the folder holds no finished run, or a damaged one.
+    """
+    folder = Path(folder)
+    try:
+        return Result.from_json(_known(folder)["result"])
+    except OSError as cause:
+        raise RbeError(f"train: there is no finished run in {folder} ({cause.strerror}); train it first") from cause
+    except (KeyError, ValueError, TypeError, AttributeError) as cause:
+        raise RbeError(f"train: the finished run in {folder} is damaged ({_first(cause)}); train it again") from cause
+
+
 def _empty(config: Config, build: Build) -> tuple[nn.Module, dict[str, Tensor]]:
     """A frozen network of a configuration, for a loader to fill, and tensors like those that are stored of it."""
     model = build(config)
@@ -210,8 +229,24 @@ def finished(out: Path, identity: str) -> Result | None:
             "throw it away"
         ) from cause
     if not same:
-        raise RbeError(f"train: {out} holds another run; choose another --out, or --restart to throw it away")
+        other = _other(json.dumps(known["config"]), identity)
+        raise RbeError(f"train: {out} holds another run ({other}); choose another --out, or --restart to throw it away")
     return None
+
+
+def _other(one: str, two: str) -> str:
+    """The first thing in which two configurations differ."""
+    was, now = (_flat(json.loads(text)) for text in (one, two))
+    for key in (*now, *was):
+        if was.get(key) != now.get(key):
+            return f"{key} was {was.get(key)!r}, now it is {now.get(key)!r}"
+    return "of another version"
+
+
+def _flat(some: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(some, dict):
+        return {key: some}
+    return {k: v for name, part in some.items() for k, v in _flat(part, f"{key}.{name}".strip(".")).items()}
 
 
 def resume(out: Path, identity: str) -> dict[str, Any] | None:
@@ -230,7 +265,8 @@ def resume(out: Path, identity: str) -> dict[str, Any] | None:
             f"train: the checkpoint {path} is damaged ({_first(cause)}); start anew with --restart"
         ) from cause
     if saved.get("identity") != identity:
+        other = _other(str(saved.get("identity") or "{}"), identity)
         raise RbeError(
-            f"train: {path} is of another configuration; choose another --out, or --restart to throw it away"
+            f"train: {path} is of another configuration ({other}); choose another --out, or --restart to throw it away"
         )
     return saved

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,11 @@ class Task(ABC):
     @abstractmethod
     def measure(self, model: nn.Module, split: Split) -> float:
         """The metric of a model in evaluation mode."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What somebody must know who gives the trained network inputs of their own; JSON-ready."""
+        return {}
 
     @property
     def steps(self) -> int:
