@@ -192,8 +192,6 @@ def digest(config: Mapping[str, Any], result: Mapping[str, Any], weights: bytes)
 def keep(out: Path, identity: str, result: Result, weights: bytes) -> None:
     """Write a finished run; at any moment the folder holds a run to go on with, or a whole one."""
     config, about = json.loads(identity), result.to_json()
-    # A result of before must not stand beside a network that is not its own.
-    (out / RESULT).unlink(missing_ok=True)
     write(out / WEIGHTS, weights)
     (out / OLD).unlink(missing_ok=True)
     whole = {"config": config, "result": about, "digest": digest(config, about, weights)}
