@@ -97,6 +97,9 @@ def test_every_damage_of_the_data_is_told(write: Write, tmp_path: Path) -> None:
         ("[train]\nsoftness = inf\n", "softness is inf"),
         ("[seeds]\nspread = inf\n", "spread is inf"),
         ("[seeds]\nbias = 'seed'\n", "bias is 'seed'"),
+        ("[seeds]\nblock = 12\n", "block is 12; outer128 has 8, 16, 32, 64"),
+        ("[seeds]\nformat = 'dense'\n[[seeds.layer]]\npattern = '*'\nformat = 'outer128'\nblock = 12\n", "block is 12"),
+        ("[train]\nmethod = 'sgd'\n", "method is 'sgd'; choose one of tangent"),
         ("[seeds]\nbias = 'false'\n", "give true, false or 'seed'"),
         ("[train]\nlr = 0.0\n", "lr is 0.0; it must be positive"),
         ("[train]\nlr = 1e20\n", "at most 1000"),
@@ -123,6 +126,15 @@ def test_files_that_say_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.toml").write_text(text)
     with pytest.raises(RbeError, match=r"no TOML|no \[data\] path"):
         load_config(tmp_path / "run.toml")
+
+
+def test_a_mode_is_for_the_matrices_that_have_one(write: Write, tmp_path: Path) -> None:
+    text = (
+        "[seeds]\nformat = 'packed128'\nmode = 'faithful'\n[[seeds.layer]]\npattern = 'linear2'\nformat = 'outer128'\n"
+    )
+    config = load_config(write(text))
+    assert [config.seeds.of(f"linear{k}", k).mode for k in (1, 2)] == ["faithful", None]
+    assert train(config, tmp_path / "out").epoch
 
 
 def test_labels_of_one_number(write: Write, tmp_path: Path) -> None:

@@ -361,7 +361,7 @@ def test_data_that_is_not_there_or_is_something_else(write: Write, tmp_path: Pat
     with pytest.raises(RbeError, match="has no y_train"):
         train(config, tmp_path / "out")
     (tmp_path / "data.npz").write_bytes(b"nonsense")
-    with pytest.raises(RbeError, match=r"cannot be read as \.npz"):
+    with pytest.raises(RbeError, match=r"is no \.npz"):
         train(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

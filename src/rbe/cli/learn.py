@@ -52,6 +52,8 @@ def train(config: Path, output: Path | None, restart: bool, as_json: bool) -> No
             console.print(f"the teacher has translated {done:,} of {every:,} sentences to train on")
 
     result = run(settings, folder, tell, restart, planned=planned, told=told)
+    if page.last is None:
+        console.print(f"{folder} holds this run, finished before; nothing was trained now (--restart trains it anew)")
     complaint = page.finish(result)
     if complaint:
         console.print(complaint)

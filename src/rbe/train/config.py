@@ -90,7 +90,7 @@ class Seeds:
 
     Attributes:
         format: "outer128", "packed128", "packed64", "stream", or "dense" for the reference.
-        block, mode, stages: as in `rbe.formats.make_spec`.
+        block, mode, stages: as in `rbe.formats.make_spec`; a mode is for the matrices of packed128.
         blocks: a block edge for each matrix in turn, in place of `block`.
         bias: True (dense), False or "seed".
         layer: exceptions by name.
@@ -120,7 +120,8 @@ class Seeds:
             if fnmatchcase(name, layer.pattern):
                 given = {k: v for k, v in dataclasses.asdict(layer).items() if k != "pattern" and v is not None}
                 mine = replace(mine, **given)
-        return mine
+        # Of a mode there is one for all, which packed128 alone has.
+        return mine if mine.format == "packed128" or mine.format == self.format else replace(mine, mode=None)
 
     @property
     def streamed(self) -> bool:

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,10 @@ def load(config: Config) -> Images:
     except RbeError:
         raise
     except Exception as cause:  # zip, zlib, numpy and Pillow raise many kinds for a damaged file
+        if not zipfile.is_zipfile(path):
+            raise RbeError(
+                f"train: {path} is no .npz, or half of one; fetch it again, or give a file that is"
+            ) from cause
         raise RbeError(f"train: {path} cannot be read as .npz ({cause}); fetch it again") from cause
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     for part in ("train", "test"):

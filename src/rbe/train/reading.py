@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rbe.errors import RbeError
+from rbe.formats.outer128 import BLOCKS
 from rbe.nn.rest import BITS
+from rbe.optim.motion import METHODS
 from rbe.train.config import PARTS, Config, Layer, Recipe, Seeds
 
 T = TypeVar("T")
@@ -153,6 +155,7 @@ def _check(path: Path, config: Config) -> None:
         ("[train] dtype", config.train.dtype, ("float32", "bfloat16")),
         ("[seeds] format", seeds.format, FORMATS),
         ("[train] phases", config.train.phases, ("one", "three", "rounds")),
+        ("[train] method", config.train.method, tuple(METHODS)),
     ]
     choices += [("[[seeds.layer]] format", layer.format, FORMATS) for layer in seeds.layer if layer.format is not None]
     if isinstance(seeds.bias, str) and seeds.bias != "seed":
@@ -160,6 +163,11 @@ def _check(path: Path, config: Config) -> None:
     for what, value, known in choices:
         if value not in known:
             raise RbeError(f"train: {path}: {what} is {value!r}; choose one of {', '.join(known)}")
+    edges = [("[seeds]", seeds.format, edge) for edge in (seeds.block, *seeds.blocks)]
+    edges += [("[[seeds.layer]]", layer.format or seeds.format, layer.block or seeds.block) for layer in seeds.layer]
+    for where, kind, edge in edges:
+        if kind == "outer128" and edge not in BLOCKS:
+            raise RbeError(f"train: {path}: {where} block is {edge}; outer128 has {', '.join(map(str, BLOCKS))}")
     _check_numbers(path, config)
     _check_bits(path, config)
     rest = config.train.rest_bits
