@@ -20,13 +20,37 @@ from rbe.kernels.reference import Definition
 from rbe.nn import Linear, StreamLinear
 from rbe.optim import HybridAdam, StreamAdam
 from rbe.optim.stream import price
+from rbe.profile import memory
 
 SIDE = 4096
 BATCHES = (1, 4, 32, 256)
 BLOCKS = (8, 16, 32, 64)
 SEED_COPIES = 64  # 64 MB of seeds at 64:1
 WIDTHS = (784, 1024, 1024, 10)
+LARGE = (1024, 4096, 4096, 10)  # where matrices outweigh libraries and activations
 LEAST_SPEEDUP, MOST_STEP = 5.0, 2.5  # the targets: batch 1, and training
+SETUP = """
+torch.set_num_threads(1)
+torch.manual_seed(0)
+kind, sides = arguments["kind"], arguments["sides"]
+make = {
+    "dense": nn.Linear,
+    "outer128": lambda i, o: seeds.Linear(i, o, format="outer128"),
+    "streams": seeds.StreamLinear,
+}[kind]
+model = nn.Sequential(*(part for i, o in zip(sides, sides[1:]) for part in (make(i, o), nn.ReLU())))
+optimizer = {
+    "dense": lambda: torch.optim.Adam(model.parameters(), lr=1e-3),
+    "outer128": lambda: optim.HybridAdam(model, lr=1e-3),
+    "streams": lambda: optim.StreamAdam(model, bytes=1_300_000, steps=10_000, lr=1e-3),
+}[kind]()
+x, y = torch.randn(256, sides[0]), torch.randint(0, sides[-1], (256,))
+
+def step():
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+"""
 
 
 def random_tensors(side: int, block: int) -> tuple[SeedSpec, Tensors]:
@@ -192,6 +216,8 @@ def training(threads: int) -> float:
         table_row(
             part, f"{dense:.2f}", f"{ours:.2f}", f"{ours / dense:.2f}", f"{streams:.2f}", f"{streams / dense:.2f}"
         )
+    if threads == 1:
+        memories()
     held = {name: sum(4 * p.numel() for p in model.parameters()) for name, model in models.items()}
     print(
         f"Held while training, parameters, gradients and two moments: dense {4 * held['dense'] / 1e6:.1f} MB, ours "
@@ -201,6 +227,17 @@ def training(threads: int) -> float:
         f"the rounded matrices and their gradients, {8 * weights / 1e6:.1f} MB."
     )
     return max(t[f"{name} step"] for name in ("ours", "streams")) / t["dense step"]
+
+
+def memories() -> None:
+    """The peak of a process that trains, over what it had before there was a model."""
+    imports = "import torch, rbe; from torch import nn; from rbe import nn as seeds, optim"
+    weights = sum(a * b for a, b in itertools.pairwise(LARGE))
+    print(f"\n{'-'.join(map(str, LARGE))}, batch 256, four steps in a process of its own: peak of resident memory.")
+    table_head("", "MB", "bytes a weight")
+    for kind in ("dense, Adam", "outer128, HybridAdam", "streams, StreamAdam"):
+        found = memory(imports, SETUP, "[step() for _ in range(4)]", {"kind": kind.split(",")[0], "sides": LARGE})
+        table_row(kind, f"{found.model / 1e6:.0f}", f"{found.model / weights:.1f}")
 
 
 @torch.inference_mode()
