@@ -39,6 +39,7 @@ LONG = (
     ["points", "--epochs", "3"],
     ["bits", "--epochs", "2", "--share", "0.5"],
     ["rounds", "--epochs", "12"],
+    ["rest"],
 )
 
 
