@@ -43,7 +43,8 @@ def price(latent: Tensor) -> tuple[float, Tensor]:
     Args:
         latent: (rows, columns).
     """
-    size = latent.abs().round()
+    # In place where it can be: a copy of the largest matrix is most of what training holds.
+    size = latent.abs().round_()
     there = (size > 0).to(latent.dtype)
     rows, columns = there.shape
     in_row, in_column, count = there.sum(1, keepdim=True), there.sum(0, keepdim=True), there.sum()
@@ -51,11 +52,12 @@ def price(latent: Tensor) -> tuple[float, Tensor]:
     def odds(some: Tensor, every: int) -> Tensor:
         return torch.log((some + 0.3) / (every - some + 0.3))
 
-    logit = odds(in_row, columns) + odds(in_column, rows) - odds(count, rows * columns)
+    logit = (odds(in_row, columns) + odds(in_column, rows)).sub_(odds(count, rows * columns))
     # The product of the odds is shifted until it expects as many levels as there are.
     for _ in range(3):
         p = torch.sigmoid(logit)
-        logit = logit - ((p.sum() - count) / ((p * (1 - p)).sum() + 1e-6)).clamp(-2, 2)
+        logit -= ((p.sum() - count) / ((1 - p).mul_(p).sum() + 1e-6)).clamp(-2, 2)
+    del p
     places = _bits(logit, there)
     learning = 0.5 * float(torch.log2(1 + in_row).sum() + torch.log2(1 + in_column).sum())
     sizes, further, left, level = 0.0, 0.7, float(count), 1
@@ -65,15 +67,13 @@ def price(latent: Tensor) -> tuple[float, Tensor]:
         sizes += 2 - more * math.log2(p_more) - (left - more) * math.log2(1 - p_more)
         further = max(0.7, math.log2((1 - p_more) / p_more)) if level == 1 else further
         left, level = more, level + 1
-    first = (-logit / math.log(2)).clamp_min(0.3) + 1
-    each = torch.where(latent.abs() < 1, first, torch.full_like(first, further))
+    each = logit.neg_().div_(math.log(2)).clamp_min_(0.3).add_(1).masked_fill_(latent.abs() >= 1, further)
     return places + learning + float(count) + sizes, each
 
 
 def _bits(logit: Tensor, there: Tensor) -> float:
     """Bits of yes and no answers whose log-odds are known."""
-    yes, no = nn.functional.softplus(-logit), nn.functional.softplus(logit)
-    return float((yes * there + no * (1 - there)).sum()) / math.log(2)
+    return float(nn.functional.softplus(torch.where(there > 0, -logit, logit)).sum()) / math.log(2)
 
 
 def _least(layer: Stream) -> int:
