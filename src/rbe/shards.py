@@ -314,12 +314,15 @@ def flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a small file so that its name always shows the old content or the new one, never a part."""
+def write_atomic(path: Path, data: bytes | Callable[[IO[bytes]], object]) -> None:
+    """Write a file, of bytes or of what a function writes, so that its name shows the old content or the new one."""
     temporary = path.with_name(f".{path.name}.writing")
     try:
         with temporary.open("wb") as file:
-            put(file, data)
+            if isinstance(data, bytes):
+                put(file, data)
+            else:
+                data(file)
             flush(file)
         temporary.replace(path)
     except BaseException:
@@ -376,4 +379,6 @@ def locked(folder: Path) -> IO[str]:
             raise RbeError(
                 f"{folder} is in use: another run is writing the same folder; wait for it, or choose another name"
             ) from None
+        except OSError:  # no such locks on this file system
+            return file
         file.close()  # a run that ended meanwhile has removed this file: a lock on it keeps nobody out

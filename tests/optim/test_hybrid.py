@@ -475,6 +475,7 @@ def test_the_state_of_another_model_or_optimizer_is_refused_before_anything_chan
         (stepped(three(9)).state_dict(), r"mean of a parameter \(16,\) is \(9,\)"),
         (stepped(three(16, "packed128")).state_dict(), "groups"),
         (stepped(three(16), method="riemannian").state_dict(), "another model or method"),
+        (stepped(three(16), method="polar").state_dict(), "of method polar, here it is tangent"),
         (plain, "groups"),
         ({"param_groups": before["param_groups"], "state": before["state"]}, "no draws"),
         ({"state": {}}, "no state of it"),
@@ -489,8 +490,8 @@ def test_the_state_of_another_model_or_optimizer_is_refused_before_anything_chan
                    for name, value in state.items())  # fmt: skip
     again = HybridAdam(three(16))
     again.load_state_dict(before)
-    with pytest.raises(RbeError, match="no role"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    with pytest.raises(RbeError, match="cannot be added"):
+        optimizer.add_param_group({"role": "dense", "params": [nn.Parameter(torch.ones(1))]})
 
 
 @pytest.mark.parametrize("how", ["expanded", "transposed", "sliced", "turned later"])

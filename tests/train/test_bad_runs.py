@@ -104,6 +104,8 @@ def test_every_damage_of_the_data_is_told(write: Write, tmp_path: Path) -> None:
         ("[train]\nlr = 0.0\n", "lr is 0.0; it must be positive"),
         ("[train]\nlr = 1e20\n", "at most 1000"),
         ("[train]\nlatent_lr = -1.0\n", "latent_lr is -1.0"),
+        ("[seeds]\nmode = 'faithful'\n", "mode is 'faithful'; packed128 has"),
+        ("[seeds]\nformat = 'packed128'\nmode = 'x'\n", "mode is 'x'; packed128 has"),
         ("[model]\nwidths = [64, 99999999, 4]\n", "below 2\\^24"),
         ("[model]\ninner = 0\n", "inner is 0"),
         ("[model]\nvocabulary = 4611686018427387904\n", "vocabulary is"),

@@ -3,6 +3,7 @@
 import fcntl
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from run_cases import QUICK, STREAM, Stopped, Write
+from torch import nn
 
 import rbe.train
+from rbe.cli import learn
 from rbe.errors import RbeError
-from rbe.train import Config, Progress, load, load_config, store, train
+from rbe.train import Config, Progress, load, load_config, networks, store, train
 from rbe.train.run import CHECKPOINT, RESULT, TASKS, WEIGHTS
 
 
@@ -152,10 +155,10 @@ def test_what_cannot_be_written_is_told(write: Write, tmp_path: Path, monkeypatc
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rbe.shards.put", full)
+    monkeypatch.setattr("rbe.shards.flush", full)
     with pytest.raises(RbeError, match=r"checkpoint\.pt cannot be written.*No space left"):
         train(config, tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("what", ["data", "start", "teacher"])
@@ -207,8 +210,85 @@ def test_a_network_of_no_numbers_is_not_kept(write: Write, tmp_path: Path) -> No
 def test_the_lock_of_a_killed_process_keeps_nobody_out(write: Write, tmp_path: Path) -> None:
     config, out = load_config(write(QUICK)), tmp_path / "out"
     out.mkdir()
-    with (out / "lock").open("w") as file:
+    with (out / "lock").open("w") as file:  # as another process would hold it
         fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RbeError, match="in use"):
+            train(config, out)
+    assert (out / "lock").exists()
     assert train(config, out).epoch
-    assert not (out / "lock").exists()
-    assert not (out / CHECKPOINT).exists()
+    assert sorted(path.name for path in out.iterdir()) == sorted([RESULT, WEIGHTS])
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_run_that_ended_while_this_one_came_is_seen(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool
+) -> None:
+    config, out, held = load_config(write(QUICK)), tmp_path / "out", store.held
+    first = config if same else replace(config, train=replace(config.train, seed=1))
+
+    def late(folder: Path) -> AbstractContextManager[None]:
+        monkeypatch.setattr(store, "held", held)
+        train(first, out)
+        return held(folder)
+
+    monkeypatch.setattr(store, "held", late)
+    told: list[Progress] = []
+    if same:
+        assert train(config, out, told.append).epoch
+    else:
+        with pytest.raises(RbeError, match="another run"):
+            train(config, out, told.append)
+    assert not told
+    assert json.loads((out / RESULT).read_text())["config"]["train"]["seed"] == first.train.seed
+
+
+def test_a_refused_run_leaves_no_folder(write: Write, tmp_path: Path) -> None:
+    config = load_config(write(QUICK))
+    with pytest.raises(RbeError, match="no finished run"):
+        train(replace(config, train=replace(config.train, teacher="nowhere")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_whole_run_beside_its_checkpoint_is_finished(write: Write, tmp_path: Path) -> None:
+    config, out = load_config(write(QUICK)), tmp_path / "out"
+    interrupted(config, out)
+    checkpoint = (out / CHECKPOINT).read_bytes()
+    result = train(config, out)
+    (out / CHECKPOINT).write_bytes(checkpoint)
+    told: list[Progress] = []
+    assert train(config, out, told.append) == result
+    assert not told
+    (out / RESULT).write_text("{")  # half of it: the checkpoint goes on
+    assert replace(train(config, out, told.append), seconds=0.0) == replace(result, seconds=0.0)
+    assert told
+
+
+def test_another_number_of_threads_may_go_on(write: Write, tmp_path: Path) -> None:
+    config, before = load_config(write(QUICK)), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        interrupted(config, tmp_path / "out")
+        torch.set_num_threads(3)
+        assert train(config, tmp_path / "out").epoch
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_mask_that_is_not_finite_is_no_divergence(write: Write, tmp_path: Path) -> None:
+    def masked(config: Config) -> nn.Module:
+        network = networks.build(config)
+        network.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+        return network
+
+    assert train(load_config(write(QUICK)), tmp_path / "out", build=masked).epoch
+
+
+def test_the_command_says_whether_anything_was_trained(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = load_config(write("[seeds]\nformat = 'dense'\n[train]\nepochs = 1\nbatch = 50\n"))
+    train(dense, tmp_path / "dense")
+    path = write("[model]\nwidths = [64, 32, 4]\nstart = 'dense'\n[seeds]\nformat = 'dense'\n[train]\nepochs = 0\n")
+    for again in (False, True):
+        learn.train(path, tmp_path / "out", False, True)
+        assert ("finished before" in capsys.readouterr().err) == again

@@ -66,6 +66,7 @@ Act = Annotated[Activations, typer.Option(help="float32 is exact; int8 is faster
 
 NO_MEMORY = "out of memory; free some, or ask for less"
 RESUMES = "interrupted; what is done is kept, run the same command again and it goes on from there"
+GOES_ON = "interrupted; run it again without --restart and it goes on from its last checkpoint, if it had one"
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -80,7 +81,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             # A failed `verify` has printed its JSON object already, with the problems one by one.
             fail(str(wrong), as_json and not getattr(wrong, "said", False))
         except KeyboardInterrupt:
-            fail(RESUMES if command.__name__ in ("compress", "train") else "interrupted", as_json, 130)
+            fail({"compress": RESUMES, "train": GOES_ON}.get(command.__name__, "interrupted"), as_json, 130)
         except ImportError as missing:
             extra = _EXTRAS.get((missing.name or "").split(".")[0])
             if extra is None:

@@ -8,6 +8,7 @@ from rbe.cli import show
 from rbe.errors import RbeError
 from rbe.train import Config, Progress, Result, Share, load_config
 from rbe.train import train as run
+from rbe.train.run import RESULT
 
 PAGE = "report.html"
 # Sentences that a teacher translates between two lines of progress.
@@ -51,8 +52,9 @@ def train(config: Path, output: Path | None, restart: bool, as_json: bool) -> No
             lines += 1
             console.print(f"the teacher has translated {done:,} of {every:,} sentences to train on")
 
+    before = not restart and (folder / RESULT).exists()
     result = run(settings, folder, tell, restart, planned=planned, told=told)
-    if page.last is None:
+    if before and page.last is None:
         console.print(f"{folder} holds this run, finished before; nothing was trained now (--restart trains it anew)")
     complaint = page.finish(result)
     if complaint:

@@ -1,7 +1,6 @@
 """Layers whose matrix and bias are one stream of bits, trained as whole numbers: for ratios beyond 250:1."""
 
 import math
-import zlib
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -19,11 +18,6 @@ from rbe.kernels.tensors import unwatched
 DENSE = 0.4
 # What a state dict says of a stream beside its tensors.
 _ABOUT = "rbe.stream"
-
-
-def _check(seed: Tensor) -> int:
-    flat: Any = seed.cpu().numpy()
-    return zlib.crc32(flat)
 
 
 class _Rounded(torch.autograd.Function):
@@ -86,6 +80,8 @@ class Stream(nn.Module):
         self.latent = nn.Parameter(functional.pad(latent, (0, 1)) if bias else latent)
         self.log_scale = nn.Parameter(torch.tensor(math.log(spread * deviation)))
         self._decoded: tuple[Tensor, Sparse] | None = None
+        # What a frozen layer was cast to; its scale never is.
+        self._dtype = torch.float32
 
     @torch.no_grad()
     def start(self, matrix: Tensor, bias: Tensor | None = None) -> Self:
@@ -189,21 +185,18 @@ class Stream(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         about = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if about is not None:
-            about[_ABOUT] = self._about() if self.trainable else {**self._about(), "check": _check(self.seed)}
+            about[_ABOUT] = self._about()
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any, unexpected_keys: Any,
         error_msgs: list[str],
     ) -> None:  # fmt: skip
         seed = state_dict.get(f"{prefix}seed")
-        stored = dict(local_metadata.get(_ABOUT, {}))
-        check, name = stored.pop("check", None), prefix.removesuffix(".")
-        # Another reading of the same bits makes other weights without a word, and so do bits that are not all there.
-        if stored and stored != self._about():
-            error_msgs.append(f"{name}: the state is of a stream with {stored}, this one has {self._about()}")
-            return
-        if check is not None and seed is not None and check != _check(seed):
-            error_msgs.append(f"{name}: the seed is not the one that was saved; load it again")
+        stored = local_metadata.get(_ABOUT)
+        # Another reading of the same bits makes other weights without a word.
+        if stored is not None and stored != self._about():
+            name, own = prefix.removesuffix(".") or type(self).__name__, self._about()
+            error_msgs.append(f"{name}: the state is of a stream with {stored}, this one has {own}; build it as it was")
             return
         # The length of a seed is known only by the file.
         if seed is not None and not self.trainable:
@@ -218,8 +211,9 @@ class Stream(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         new = self._buffers.get("scale")
         # .half() and .to(bfloat16) cast every float buffer; the scale keeps its exact value.
-        if scale is not None and new is not None and new.dtype != scale.dtype:
-            self._buffers["scale"] = scale.to(new.device)
+        if scale is not None and new is not None:
+            self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+            self._buffers["scale"] = new if new.dtype == scale.dtype else scale.to(new.device)
         return self
 
     def stored(self) -> tuple[int, int]:
@@ -448,7 +442,7 @@ class StreamEmbedding(Stream):
                 self._entries()
                 .rows(index.flatten().long(), float(self.scale))
                 .view(*index.shape, self.embedding_dim)
-                .to(self.scale)
+                .to(self._dtype)
             )
         # Only the rows that are looked up are rounded.
         rows: Tensor = _Rounded.apply(functional.embedding(index, self.latent))  # type: ignore[no-untyped-call]

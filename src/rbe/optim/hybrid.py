@@ -378,7 +378,7 @@ class HybridAdam(Optimizer):
         >>> state = HybridAdam(model).state_dict()  # for torch.save
         >>> HybridAdam(model).load_state_dict(state)
         """
-        return {**super().state_dict(), "generator": self.generator.get_state()}
+        return {**super().state_dict(), "generator": self.generator.get_state(), "method": self.method}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was called.
@@ -387,6 +387,8 @@ class HybridAdam(Optimizer):
             RbeError: the state is of another model, method or optimizer; nothing is changed then.
         """
         check(self, state_dict, self._shapes)
+        if state_dict.get("method", self.method) != self.method:
+            raise RbeError(f"HybridAdam: the state is of method {state_dict['method']}, here it is {self.method}")
         generator = torch.Generator()
         try:
             generator.set_state(state_dict["generator"])
@@ -394,7 +396,7 @@ class HybridAdam(Optimizer):
             raise RbeError(
                 f"HybridAdam: the state has no draws to go on with ({cause}); was it saved by another?"
             ) from cause
-        super().load_state_dict({name: part for name, part in state_dict.items() if name != "generator"})
+        super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
         self.generator = generator
         lay(self.state)
 
@@ -410,13 +412,9 @@ class HybridAdam(Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, for groups that say their role; build the optimizer anew for a model that has grown.
-
-        Raises:
-            RbeError: the group has no role.
-        """
-        if param_group.get("role") not in ("point", "latent", "scale", "dense"):
-            raise RbeError("HybridAdam: a group has no role; build a new HybridAdam of the whole model instead")
+        """Of no use from outside, where it is refused."""
+        if hasattr(self, "generator"):
+            raise RbeError("HybridAdam: groups cannot be added; build a new HybridAdam of the whole model instead")
         super().add_param_group(param_group)
 
     def freeze(self) -> None:

@@ -35,7 +35,7 @@ def check(optimizer: torch.optim.Optimizer, saved: dict[str, Any], shapes: Shape
         ]
     except (KeyError, TypeError, AttributeError) as cause:
         raise RbeError(f"{name}: this is no state of it ({cause!r}); give what its state_dict() returned") from cause
-    own = [(group["role"], len(group["params"])) for group in optimizer.param_groups]
+    own = [(group.get("role"), len(group["params"])) for group in optimizer.param_groups]
     if given != own:
         raise RbeError(
             f"{name}: the state is of another model or optimizer: its groups (role, parameters) are {given}, here they "

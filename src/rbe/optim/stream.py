@@ -176,9 +176,11 @@ class StreamAdam(torch.optim.Adam):
                 if latent in kept:
                     latent.grad = kept[latent].addcmul(self.costs[latent], latent.sign(), value=group["pressure"])
             group["done"] += 1
-        super().step()
-        for latent, grad in kept.items():
-            latent.grad = grad
+        try:
+            super().step()
+        finally:
+            for latent, grad in kept.items():
+                latent.grad = grad
         # Only after Adam has made its own state; saved and resumed with it.
         for latent, cost in self.costs.items():
             if self.state.get(latent) and (weigh or "cost" not in self.state[latent]):

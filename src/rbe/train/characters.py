@@ -11,7 +11,7 @@ from torch.nn import functional
 from rbe.errors import RbeError
 from rbe.train.config import Config
 from rbe.train.reading import find
-from rbe.train.task import Batch, Split, Task, check_symbols
+from rbe.train.task import Batch, Split, Task, check_symbols, checksum
 
 # Train, validation and test, by position in the text.
 SHARES = (0.90, 0.95)
@@ -45,6 +45,11 @@ class Characters(Task):
     def examples(self) -> int:
         """Windows to train on."""
         return (len(self.train) - 1) // self.config.data.length - 1
+
+    @property
+    def check(self) -> int:
+        """Of the text."""
+        return checksum(self.train)
 
     @property
     def inputs(self) -> dict[str, Any]:

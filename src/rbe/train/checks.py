@@ -1,20 +1,15 @@
 """What is refused before a run begins: networks that do not fit each other, and data that are not those of before."""
 
-import zlib
-from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rbe.errors import RbeError
 from rbe.nn import Seeded
 from rbe.train.config import Config
-from rbe.train.task import Task
+from rbe.train.task import Task, checksum
 from rbe.train.translation import Translation
-
-# Batches that tell one set of data from another.
-SOME = 10
 
 
 def check_teacher(config: Config, teacher: nn.Module, model: nn.Module, task: Task) -> None:
@@ -71,21 +66,11 @@ def check_measured(config: Config, model: nn.Module) -> None:
 
 
 def contents(task: Task, *networks: nn.Module | None) -> int:
-    """A checksum of some of what is learned from, and of the networks that teach or are started from."""
-    check = 0
-
-    def add(t: Tensor) -> None:
-        nonlocal check
-        flat: Any = t.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
-        check = zlib.crc32(flat, check)
-
-    for batch in islice(task.batches(torch.Generator().manual_seed(0)), SOME):
-        for t in (*batch.inputs, batch.targets):
-            add(t)
+    """A checksum of what is learned from, and of the networks that teach or are started from."""
+    start = task.check
     for network in dict.fromkeys(networks):
-        for t in () if network is None else network.state_dict().values():
-            add(t)
-    return check
+        start = checksum(*(() if network is None else network.state_dict().values()), start=start)
+    return start
 
 
 def check_saved(task: Task, content: int, saved: dict[str, Any]) -> None:

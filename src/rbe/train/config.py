@@ -121,7 +121,7 @@ class Seeds:
                 given = {k: v for k, v in dataclasses.asdict(layer).items() if k != "pattern" and v is not None}
                 mine = replace(mine, **given)
         # Of a mode there is one for all, which packed128 alone has.
-        return mine if mine.format == "packed128" or mine.format == self.format else replace(mine, mode=None)
+        return mine if mine.format == "packed128" else replace(mine, mode=None)
 
     @property
     def streamed(self) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from rbe.errors import RbeError
 from rbe.train.config import Config
 from rbe.train.reading import find
+from rbe.train.task import checksum
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 STREAMS = ("data", "offsets", "labels")
@@ -27,6 +28,7 @@ class Images:
 
     Attributes:
         mean, deviation: what pixels in [0, 1] were normalised by.
+        check: a checksum of the images and labels to train on, and of those held back, as they were read.
         black: what a black pixel is after normalising, for what is moved in from outside.
     """
 
@@ -36,6 +38,7 @@ class Images:
     black: float
     mean: float
     deviation: float
+    check: int
 
 
 def load(config: Config) -> Images:
@@ -83,7 +86,8 @@ def load(config: Config) -> Images:
         raise RbeError(f"train: [data] validation is {held}, but there are {len(x)} images; keep some of both")
     mean, deviation = x[:-held].mean(), x[:-held].std().clamp_min(1e-6)
     x, test = (x - mean) / deviation, (parts["test"][0] - mean) / deviation
-    numbers = float(-mean / deviation), float(mean), float(deviation)
+    check = checksum(torch.from_numpy(np.ascontiguousarray(arrays["x_train"])), y)
+    numbers = float(-mean / deviation), float(mean), float(deviation), check
     return Images((x[:-held], y[:-held]), (x[-held:], y[-held:]), (test, parts["test"][1]), *numbers)
 
 

@@ -29,6 +29,11 @@ class Pictures(Task):
         return len(self.images.train[0])
 
     @property
+    def check(self) -> int:
+        """Of images and labels."""
+        return self.images.check
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """The network takes (pixels / 255 - mean) / deviation."""
         return {"mean": self.images.mean, "deviation": self.images.deviation}

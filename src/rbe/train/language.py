@@ -17,7 +17,7 @@ from rbe.errors import RbeError
 from rbe.train.config import Config, Model
 from rbe.train.networks import dense
 from rbe.train.reading import find
-from rbe.train.task import Batch, Split, Task, check_symbols
+from rbe.train.task import Batch, Split, Task, check_symbols, checksum
 
 
 def tokenizers() -> Any:
@@ -58,6 +58,11 @@ class Language(Task):
     def examples(self) -> int:
         """Windows to train on."""
         return len(self.parts["train"]) // self.config.data.length - 1
+
+    @property
+    def check(self) -> int:
+        """Of the tokens."""
+        return checksum(self.parts["train"])
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         """Windows in a random order, at offsets that change from epoch to epoch."""

@@ -135,7 +135,7 @@ def start(network: nn.Module, source: nn.Module) -> None:
         if isinstance(module, _NORMS) and name not in parts:
             raise RbeError(f"train: the network to start from has a norm {name}, this one has not; give it its norms")
         theirs, here = getattr(module, "heads", None), getattr(parts.get(name), "heads", None)
-        if theirs != here and name in parts:
+        if theirs != here and isinstance(theirs, int) and isinstance(here, int):
             raise RbeError(f"train: {name} of the network to start from has {theirs} heads, here {here}; use as many")
     for name, shape in own.items():
         one = given.get(name)

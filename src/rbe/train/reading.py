@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from rbe.errors import RbeError
 from rbe.formats.outer128 import BLOCKS
+from rbe.formats.packed128 import MODES
 from rbe.nn.rest import BITS
 from rbe.optim.motion import METHODS
 from rbe.train.config import PARTS, Config, Layer, Recipe, Seeds
@@ -164,9 +165,10 @@ def _check(path: Path, config: Config) -> None:
         if value not in known:
             raise RbeError(f"train: {path}: {what} is {value!r}; choose one of {', '.join(known)}")
     edges = [("[seeds]", seeds.format, edge) for edge in (seeds.block, *seeds.blocks)]
-    edges += [("[[seeds.layer]]", layer.format or seeds.format, layer.block or seeds.block) for layer in seeds.layer]
+    given = 0 if seeds.blocks else seeds.block
+    edges += [("[[seeds.layer]]", layer.format or seeds.format, layer.block or given) for layer in seeds.layer]
     for where, kind, edge in edges:
-        if kind == "outer128" and edge not in BLOCKS:
+        if kind == "outer128" and edge and edge not in BLOCKS:
             raise RbeError(f"train: {path}: {where} block is {edge}; outer128 has {', '.join(map(str, BLOCKS))}")
     _check_numbers(path, config)
     _check_bits(path, config)
@@ -193,6 +195,10 @@ def _check(path: Path, config: Config) -> None:
     if config.train.batch == 1 and data.task == "images" and (model.kind == "resnet20" or model.norm == "batch"):
         raise RbeError(f"train: {path}: [train] batch is 1, of which batch norms learn nothing; give 2 or more")
     used = {seeds.format, *(layer.format for layer in seeds.layer if layer.format)}
+    if seeds.mode is not None and (seeds.mode not in MODES or "packed128" not in used):
+        raise RbeError(
+            f"train: {path}: [seeds] mode is {seeds.mode!r}; packed128 has {' and '.join(MODES)}, others have none"
+        )
     if seeds.bias == "seed" and (used - {"packed64", "packed128", "dense"} or used == {"dense"}):
         raise RbeError(
             f"train: {path}: [seeds] bias is 'seed', which {', '.join(sorted(used))} cannot be; give true or false, "
@@ -268,10 +274,19 @@ def _check_numbers(path: Path, config: Config) -> None:
     sizes |= {"inner": model.inner, **{f"widths, entry {k + 1},": width for k, width in enumerate(model.widths)}}
     most = "positive, and below 2^24"
     sections += [("model", name, number, 0 < number < MOST_UNITS, most) for name, number in sizes.items()]
-    rates = {"lr": recipe.lr, "latent_lr": recipe.latent_lr, "dense_lr": recipe.dense_lr}
+    sections.append(("train", "lr", recipe.lr, 0 < recipe.lr <= HIGHEST, f"positive, and at most {HIGHEST:g}"))
+    # Signs, or all that is dense, may stay where they are; streams have no signs to hold.
+    least = math.ulp(0.0) if config.seeds.streamed else 0.0
+    most = f"{'positive' if least else '0 or more'}, and at most {HIGHEST:g}"
     sections += [
-        ("train", name, rate, 0 < rate <= HIGHEST, f"positive, and at most {HIGHEST:g}")
-        for name, rate in rates.items()
+        (
+            "train",
+            name,
+            rate,
+            least <= rate <= HIGHEST,
+            f"{'positive' if least else '0 or more'}, and at most {HIGHEST:g}",
+        )
+        for name, rate in {"latent_lr": recipe.latent_lr, "dense_lr": recipe.dense_lr}.items()
         if rate is not None
     ]
     sections += [

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rbe.errors import RbeError
-from rbe.nn import Stream, pack, round_rest
-from rbe.optim import Cooling, HybridAdam, Phase, Phases, PowerDecay, StreamAdam, rounds, three_phases
+from rbe.nn import pack, round_rest
+from rbe.optim import Cooling, HybridAdam, PowerDecay, StreamAdam
 from rbe.train import budget, networks, store
 from rbe.train.budget import Share
 from rbe.train.characters import Characters
@@ -24,6 +24,7 @@ from rbe.train.config import Config
 from rbe.train.images import Pictures, accuracy
 from rbe.train.language import Language
 from rbe.train.planting import start
+from rbe.train.recipe import PHASES, build_optimizer
 from rbe.train.result import Epoch, Progress, Result
 from rbe.train.store import CHECKPOINT, RESULT, WEIGHTS, Build, load
 from rbe.train.task import NOTHING, Batch, Task
@@ -88,9 +89,30 @@ def train(
     """
     out = Path(out)
     identity = json.dumps(config.to_json(), sort_keys=True)
-    saved = None if restart else store.resume(out, identity)
-    if saved is None and not restart and (known := store.finished(out, identity)) is not None:
+    # What is finished is told even where nothing can be written.
+    if not restart and (known := store.finished(out, identity)) is not None:
         return known
+    with store.held(out):
+        saved = None
+        if not restart:
+            # Another process may have ended meanwhile.
+            if (known := store.finished(out, identity)) is not None:
+                return known
+            saved = store.resume(out, identity)
+        run = _begin(config, out, saved, restart, build, planned, told)
+        return _through(run, out, identity, build, tell)
+
+
+def _begin(
+    config: Config,
+    out: Path,
+    saved: dict[str, Any] | None,
+    restart: bool,
+    build: Build,
+    planned: Callable[[tuple[Share, ...]], object] | None,
+    told: Callable[[int, int], object] | None,
+) -> "_Run":
+    """A fresh run, or one where it was saved; whatever is wrong is found before anything is thrown away."""
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     task = TASKS[config.data.task](config)
@@ -115,14 +137,16 @@ def train(
     if teacher is not None:
         check_teacher(config, teacher, model, task)
     check_sequences(config, task, teacher, model)
-    check_measured(config, model)
-    with store.held(out, anew=restart):
-        targets = _targets(config, task, teacher, saved, out, told)
-        run = _Run(config, task, model, teacher, shares, targets, content)
-        if saved is not None:
-            with store.sensible(out / CHECKPOINT):
-                run.restore(saved)
-        return _through(run, out, identity, build, tell)
+    if build is networks.build:
+        check_measured(config, model)
+    if restart:
+        store.clear(out)
+    targets = _targets(config, task, teacher, saved, out, told)
+    run = _Run(config, task, model, teacher, shares, targets, content)
+    if saved is not None:
+        with store.sensible(out / CHECKPOINT):
+            run.restore(saved)
+    return run
 
 
 def _targets(
@@ -147,7 +171,7 @@ def _through(run: "_Run", out: Path, identity: str, build: Build, tell: Callable
     """What is left of a run, to its end."""
 
     def pause() -> None:
-        store.write(out / CHECKPOINT, store.saved_bytes({"identity": identity, **run.state()}))
+        store.write(out / CHECKPOINT, lambda file: torch.save({"identity": identity, **run.state()}, file))
         if tell is not None:
             tell(run.progress)
 
@@ -188,12 +212,12 @@ class _Run:
         self.config, self.task, self.model, self.teacher = config, task, model, teacher
         self.plan, self.targets, self.content = plan, targets, content
         self.steps = task.steps
-        self.optimizer = _optimizer(config, model, max(1, recipe.epochs) * task.steps)
+        self.optimizer = build_optimizer(config, model, max(1, recipe.epochs) * task.steps)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, rates, total_steps=max(1, recipe.epochs) * self.steps, cycle_momentum=False
         )
-        self.phases = _PHASES[recipe.phases](max(1, recipe.epochs) * self.steps)
+        self.phases = PHASES[recipe.phases](max(1, recipe.epochs) * self.steps)
         self._enter(0)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.history: list[Epoch] = []
@@ -203,6 +227,7 @@ class _Run:
         # Steps of the epoch that is under way, the sum of their losses, and the draws that its batches began with.
         self.step, self.total, self.drawn = 0, 0.0, self.generator.get_state()
         self.signs = _signs(model)
+        self.finite = {name for name, buffer in model.named_buffers() if bool(buffer.isfinite().all())}
 
     @property
     def curve(self) -> list[float]:
@@ -320,11 +345,16 @@ class _Run:
             self._measure_norms()
         value = self.task.measure(self.model, "validation")
         self.history.append(Epoch(loss, value, _turned(self.model, self.signs), rates))
-        fits = fits and math.isfinite(value) and all(t.isfinite().all() for t in self.model.state_dict().values())
+        fits = fits and math.isfinite(value) and not self._broken()
         best = self.curve[self.best_epoch]
         if fits and (self.best_epoch < 0 or (value > best if self.task.rises else value < best)):
             self.best_epoch = len(self.history) - 1
             self.best = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    def _broken(self) -> bool:
+        """Whether a number is none; buffers, such as masks, may have been so from the start."""
+        tensors = [*self.model.parameters(), *(b for name, b in self.model.named_buffers() if name in self.finite)]
+        return not all(bool(t.isfinite().all()) for t in tensors)
 
     @torch.no_grad()
     def _measure_norms(self) -> None:
@@ -344,7 +374,8 @@ class _Run:
         self.model.train()
         generator = torch.Generator().manual_seed(len(self.history))
         # Full ones, as all count alike.
-        for batch in islice(self.task.batches(generator), min(NORM_BATCHES, self.steps)):
+        full = max(1, self.task.examples // self.config.train.batch)
+        for batch in islice(self.task.batches(generator), min(NORM_BATCHES, full)):
             self.model(*batch.inputs)
         for m, momentum in zip(norms, momenta, strict=True):
             m.momentum = momentum
@@ -391,38 +422,6 @@ class _Run:
         latents = any(group["role"] == "latent" for group in self.optimizer.param_groups)
         if latents and isinstance(self.optimizer, HybridAdam) and step and phase != self.phases(step - 1):
             self.optimizer.hold(phase.held)
-
-
-_PHASES: dict[str, Callable[[int], Phases]] = {
-    "one": lambda total: Phases(total, (Phase(1.0),)),
-    "three": three_phases,
-    "rounds": rounds,
-}
-
-
-def _optimizer(config: Config, model: nn.Module, steps: int) -> HybridAdam | StreamAdam:
-    recipe = config.train
-    if config.seeds.streamed:
-        lr = recipe.lr if recipe.latent_lr is None else recipe.latent_lr
-        parts: dict[tuple[str, int], list[Stream]] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, Stream):
-                parts.setdefault(config.seeds.budget(name), []).append(module)
-                if not config.seeds.budget(name)[1]:
-                    raise RbeError(f"train: {name} is a stream without bytes; give [seeds] bytes")
-        budgets = [(layers, size) for (_, size), layers in parts.items()]
-        return StreamAdam(model, budgets, steps, lr, dense_lr=lr / 10 if recipe.dense_lr is None else recipe.dense_lr)
-    return HybridAdam(
-        model,
-        recipe.lr,
-        method=recipe.method,  # type: ignore[arg-type]
-        latent_lr=recipe.latent_lr,
-        dense_lr=recipe.dense_lr,
-        weight_decay=recipe.weight_decay,
-        pull=recipe.pull,
-        clip_norm=recipe.clip_norm,
-        seed=recipe.seed,
-    )
 
 
 def _signs(model: nn.Module) -> dict[str, Tensor]:

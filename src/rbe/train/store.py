@@ -1,14 +1,13 @@
 """The folder of a run: checkpoint, result and trained network, each under its name only when it is whole."""
 
 import hashlib
-import io
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +71,7 @@ def read_result(folder: str | Path) -> Result:
         return Result.from_json(_known(folder)["result"])
     except OSError as cause:
         raise RbeError(f"train: there is no finished run in {folder} ({cause.strerror}); train it first") from cause
-    except (KeyError, ValueError, TypeError, AttributeError) as cause:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as cause:
         raise RbeError(f"train: the finished run in {folder} is damaged ({_first(cause)}); train it again") from cause
 
 
@@ -138,7 +137,7 @@ def freeze(model: nn.Module) -> None:
             module.freeze()
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes | Callable[[IO[bytes]], object]) -> None:
     """Under its name only when it is whole, and on the disk.
 
     Raises:
@@ -146,41 +145,46 @@ def write(path: Path, data: bytes) -> None:
     """
     try:
         shards.write_atomic(path, data)
-    except OSError as cause:
-        raise RbeError(
-            f"train: {path} cannot be written ({cause.strerror or cause}); free space or choose --out"
-        ) from cause
-
-
-def saved_bytes(state: Mapping[str, Any]) -> bytes:
-    """What torch saves of a state."""
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    return buffer.getvalue()
+    except (OSError, RuntimeError) as cause:  # torch raises RuntimeError where a disk is full
+        told = getattr(cause, "strerror", None) or _first(cause)
+        raise RbeError(f"train: {path} cannot be written ({told}); free space or choose --out") from cause
 
 
 @contextmanager
-def held(out: Path, anew: bool) -> Iterator[None]:
-    """Keep every other process out of the folder of a run, which is made where it is not there.
-
-    Args:
-        anew: throw away the run that it holds, before the first step: half of that one is not half of the new one.
+def held(out: Path) -> Iterator[None]:
+    """Keep every other process out of the folder of a run, which is made where it is not there; not for nothing.
 
     Raises:
         RbeError: another process is at work there, or nothing can be written.
     """
+    there = out.exists()
     try:
         lock = shards.locked(out)
-        for name in (CHECKPOINT, RESULT, WEIGHTS, OLD) if anew else ():
-            (out / name).unlink(missing_ok=True)
     except OSError as cause:
         raise RbeError(f"train: {out} cannot be written to ({cause.strerror}); choose another --out") from cause
     try:
         yield
     finally:
         # Still held, so that nobody locks a file that is gone.
-        (out / "lock").unlink(missing_ok=True)
+        with suppress(OSError):
+            (out / "lock").unlink(missing_ok=True)
         lock.close()
+        if not there:
+            with suppress(OSError):  # something is in it
+                out.rmdir()
+
+
+def clear(out: Path) -> None:
+    """Throw away the run that a folder holds, before the first step: half of that one is not half of the new one.
+
+    Raises:
+        RbeError: it cannot be.
+    """
+    try:
+        for name in (CHECKPOINT, RESULT, WEIGHTS, OLD):
+            (out / name).unlink(missing_ok=True)
+    except OSError as cause:
+        raise RbeError(f"train: {out} cannot be written to ({cause.strerror}); choose another --out") from cause
 
 
 def digest(config: Mapping[str, Any], result: Mapping[str, Any], weights: bytes) -> str:
@@ -216,17 +220,20 @@ def finished(out: Path, identity: str) -> Result | None:
     """
     if not (out / RESULT).is_file():
         return None
+    going_on = (out / CHECKPOINT).exists()
     try:
         known = json.loads((out / RESULT).read_text())
         same = json.dumps(known["config"], sort_keys=True) == identity
         if same and any((out / name).is_file() for name in (WEIGHTS, OLD)):
             return Result.from_json(_known(out)["result"])
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as cause:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as cause:
+        if going_on:
+            return None  # it ended while the result was written
         raise RbeError(
             f"train: the finished run in {out} is damaged ({_first(cause)}); choose another --out, or --restart to "
             "throw it away"
         ) from cause
-    if not same:
+    if not same and not going_on:
         other = _other(json.dumps(known["config"]), identity)
         raise RbeError(f"train: {out} holds another run ({other}); choose another --out, or --restart to throw it away")
     return None
@@ -234,7 +241,10 @@ def finished(out: Path, identity: str) -> Result | None:
 
 def _other(one: str, two: str) -> str:
     """The first thing in which two configurations differ."""
-    was, now = (_flat(json.loads(text)) for text in (one, two))
+    try:
+        was, now = (_flat(json.loads(text)) for text in (one, two))
+    except ValueError:
+        return "of another version"
     for key in (*now, *was):
         if was.get(key) != now.get(key):
             return f"{key} was {was.get(key)!r}, now it is {now.get(key)!r}"

@@ -1,5 +1,6 @@
 """`Task`: what a network learns from, and the number that says how well it does."""
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,6 +57,11 @@ class Task(ABC):
         """The metric of a model in evaluation mode."""
 
     @property
+    @abstractmethod
+    def check(self) -> int:
+        """A checksum of what is trained on, as it was read: arithmetic may depend on the number of threads."""
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """What somebody must know who gives the trained network inputs of their own; JSON-ready."""
         return {}
@@ -66,6 +72,18 @@ class Task(ABC):
         recipe = self.config.train
         whole = self.examples // recipe.batch
         return max(1, min(whole, recipe.steps) if recipe.steps else whole)
+
+
+def checksum(*tensors: Tensor, start: int = 0) -> int:
+    """CRC-32 of the bytes of tensors.
+
+    >>> checksum(torch.tensor([1, 2])) == checksum(torch.tensor([1]), torch.tensor([2]))
+    True
+    """
+    for t in tensors:
+        flat: Any = t.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
+        start = zlib.crc32(flat, start)
+    return start
 
 
 def check_symbols(config: Config, found: int) -> None:

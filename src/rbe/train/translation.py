@@ -12,7 +12,7 @@ from rbe.errors import RbeError
 from rbe.train.config import Config
 from rbe.train.language import tokenizers
 from rbe.train.reading import find
-from rbe.train.task import NOTHING, Batch, Split, Task, check_symbols
+from rbe.train.task import NOTHING, Batch, Split, Task, check_symbols, checksum
 from rbe.train.texts import Kept
 
 PAD, BEGIN, END = 0, 1, 2
@@ -48,6 +48,11 @@ class Translation(Task):
     def examples(self) -> int:
         """Pairs to train on."""
         return len(self.pairs)
+
+    @property
+    def check(self) -> int:
+        """Of the sentences' subwords."""
+        return checksum(*(side for pair in self.pairs for side in pair))
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         """Pairs in a random order, those of a batch about equally long."""
