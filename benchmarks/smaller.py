@@ -183,7 +183,11 @@ def line(row: Row, share: float, epochs_own: int | None) -> str:
     own = run(row.seeds, 0, epochs_own)
     epochs = math.ceil(spent(row.dense)) + len(own.curve)
     settings = tuned(row, own.bytes, max(1, round(share * epochs)))
-    result, size, nbytes = peer(row, own.bytes, settings, epochs)
+    # A short run may favour a rate that a long one does not bear: then both are trained, and validation decides.
+    rates = {settings["lr"], min(settings["lr"], max(RATES))}
+    whole = [({**settings, "lr": rate}, *peer(row, own.bytes, {**settings, "lr": rate}, epochs)) for rate in rates]
+    pick = max if TASKS[load_config(EXAMPLES / f"{row.dense}.toml").data.task].rises else min
+    settings, result, size, nbytes = pick(whole, key=lambda one: one[1].validation)
     factor, decimals = FORMS[own.metric]
     values = (f"{factor * value:.{decimals}f}" for value in (result.validation, result.value, own.value))
     about = (
