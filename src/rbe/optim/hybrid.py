@@ -394,7 +394,7 @@ class HybridAdam(Optimizer):
             generator.set_state(state_dict["generator"])
         except (KeyError, TypeError, RuntimeError) as cause:
             raise RbeError(
-                f"HybridAdam: the state has no draws to go on with ({cause}); was it saved by another?"
+                f"HybridAdam: the state has no draws to go on with ({cause}); give what its state_dict() returned"
             ) from cause
         super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
         self.generator = generator
