@@ -30,6 +30,8 @@ from benchmarks.trained.stored import Shift, store, weight_bytes, whole_bytes
 from benchmarks.trained.values import Values, fitting
 from rbe.nn import Seeded, Stream
 from rbe.optim import StreamAdam
+from rbe.train import train
+from rbe.train.config import Seeds
 
 # (layer of 48 inputs and 20 outputs, its bytes)
 LAYERS: dict[str, tuple[Callable[[], Matrix], int]] = {
@@ -286,19 +288,29 @@ def test_a_row_is_tuned_without_the_test_split_and_kept(plan: table.Plan, name: 
     said.clear()
     assert table.row(plan, name, said.append) == row
     assert not said
+    whole = [json.loads(path.read_text()) for path in plan.place.glob("* 4 epochs/result.json")]
+    assert {one["config"]["train"]["lr"] for one in whole} == set(METHODS[name].grid["lr"])
+    # The stored network, of which a row tells, is not quite the trained one.
+    chosen = max(whole, key=lambda one: one["result"]["validation"])
+    assert (
+        max(one["result"]["validation"] for one in whole if one["config"]["train"]["lr"] == row.settings["lr"])
+        == (chosen["result"]["validation"])
+    )
     assert table.rows(plan) == [row]
     assert f"| {name} |" in table.text([row]) and f"{row.bytes:,}" in table.text([row])
     assert table.draw(plan).stat().st_size > 1000
 
 
 def test_a_teacher_and_moved_images_are_offered_to_every_method(plan: table.Plan) -> None:
-    other = replace(plan, distil=True, shift=1)
+    network = plan.folder / "teacher"
+    train(table.configuration(plan, "teacher", {"lr": 1e-2}, 1, Seeds(format="dense")), network)
+    other = replace(plan, teacher=network, shift=1, flip=True)
     row = table.row(other, "dense 2-bit 14x14", lambda line: None)
-    assert row is not None and row.options == "shift 1, distilled"
+    assert row is not None and row.options == "shift 1, mirrored, taught by teacher"
     assert row.validation > 0.5
     taught = [json.loads(path.read_text())["config"] for path in other.place.glob("*/result.json")]
-    assert len(taught) == 4
+    assert len(taught) == 6
     for config in taught:
-        assert config["data"]["shift"] == 1
-        assert (Path(config["train"]["teacher"]) / "result.json").is_file()
+        assert config["data"]["shift"] == 1 and config["data"]["flip"]
+        assert config["train"]["teacher"] == str(network.resolve())
     assert table.rows(plan) == []

@@ -1,7 +1,8 @@
 """Peers of seeds at equal bytes: `python -m benchmarks.trained --task mnist --ratio 64`, with RBE_DATA set.
 
 Prints, per method: bytes that stand for the matrices, whole bytes (norms and biases as float16 included), accuracy on
-validation and test, seconds. Settings are tuned on validation; the test images are read once, after the last run.
+validation and test, seconds. Settings are tuned on validation, the rate once more in whole runs; the test images are
+read once, after the last run.
 Finished rows are kept in runs/trained and an interrupted table goes on. `--method` may be given several times.
 """
 
@@ -21,7 +22,8 @@ def main() -> None:
     parser.add_argument("--whole", type=int, help="bytes of everything, in place of those of outer128 at the ratio")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--shift", type=int, default=0, help="move training images by up to so many pixels")
-    parser.add_argument("--distil", action="store_true", help="let a dense network teach")
+    parser.add_argument("--flip", action="store_true", help="mirror half of the training images")
+    parser.add_argument("--teacher", type=Path, help="folder of a finished run that teaches")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tune", action="store_true", help="tune anew in place of taking the committed settings")
     parser.add_argument("--threads", type=int, default=1)
@@ -30,8 +32,8 @@ def main() -> None:
     prepare(given.threads)
     whole = given.whole or whole_of(given.ratio)
     plan = Plan(
-        given.task, given.ratio, whole, given.epochs, shift=given.shift, distil=given.distil, seed=given.seed,
-        folder=given.folder,
+        given.task, given.ratio, whole, given.epochs, shift=given.shift, flip=given.flip, teacher=given.teacher,
+        seed=given.seed, folder=given.folder,
     )  # fmt: skip
 
     def say(line: str) -> None:

@@ -229,7 +229,7 @@ METHODS |= {
     "random basis": Method(basis, {"narrow": NARROW, "bits": (4, 2), "lr": RATES}),
     "nola": Method(nola, {"narrow": NARROW, "bits": (4, 2), "rank": (32,), "lr": RATES}),
     "low rank": Method(low_rank, {"narrow": NARROW, "bits": (4, 2, 1), "lr": RATES}),
-    "pruned": Method(pruned, {"narrow": NARROW, "levels": (4, 2), "lr": (1e-2, 3e-3)}),
+    "pruned": Method(pruned, {"narrow": NARROW, "levels": (4, 2), "lr": RATES}),
     # As printed: Adam on r and theta themselves; state transitions with the printed annealing.
     "packed64": Method(partial(printed, format="packed64"), {"lr": RATES}, {"method": "polar"}),
     "packed128": Method(partial(printed, format="packed128"), {"lr": RATES}, {"method": "polar", "flip_every": 10}),

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from rbe.train.run import accuracy
 FILES = {"mnist": "mnist/mnist.npz", "fashion": "fashion_mnist/fashion_mnist.npz"}
 HELD = 5000
 BATCH = 256
-TEACHER = 5e-3
 RECIPES = Path(__file__).with_name("recipes.json")
 
 
@@ -32,7 +31,8 @@ class Plan:
         task, ratio: MNIST or Fashion-MNIST; of the host's weights to the seeds.
         whole: bytes that every network may fill.
         epochs, tune_epochs: of a run, and of a run that only tunes.
-        shift, distil: pixels by which training images move; whether a dense network of the same options teaches.
+        shift, flip: pixels by which training images move; whether half of them are mirrored.
+        teacher: folder of a finished run whose outputs are learned too.
         seed: of random numbers.
         folder: where runs are kept.
     """
@@ -43,7 +43,8 @@ class Plan:
     epochs: int = 40
     tune_epochs: int = 5
     shift: int = 0
-    distil: bool = False
+    flip: bool = False
+    teacher: Path | None = None
     seed: int = 0
     folder: Path = Path("runs/trained")
 
@@ -52,7 +53,8 @@ class Plan:
         """In the names of folders and rows."""
         parts = [f"{self.whole} bytes"] if self.whole != whole_of(self.ratio) else []
         parts += [f"shift {self.shift}"] if self.shift else []
-        parts += ["distilled"] if self.distil else []
+        parts += ["mirrored"] if self.flip else []
+        parts += [f"taught by {self.teacher.name}"] if self.teacher else []
         parts += [f"seed {self.seed}"] if self.seed else []
         return ", ".join(parts)
 
@@ -102,10 +104,10 @@ def _tested(plan: Plan) -> Config:
     return Config("test", Data(path=FILES[plan.task], validation=HELD))
 
 
-def _config(plan: Plan, name: str, recipe: dict[str, Any], epochs: int, seeds: Seeds) -> Config:
+def configuration(plan: Plan, name: str, recipe: dict[str, Any], epochs: int, seeds: Seeds) -> Config:
     fixed = {"epochs": epochs, "batch": BATCH, "seed": plan.seed}
     model = Model(kind="mlp", widths=HOST, norm="batch")
-    about = Data(path=str(untested(plan)), validation=HELD, shift=plan.shift)
+    about = Data(path=str(untested(plan)), validation=HELD, shift=plan.shift, flip=plan.flip)
     return Config(name, about, model, seeds, Recipe(**{**fixed, **recipe}))
 
 
@@ -116,8 +118,8 @@ def run(
     method = METHODS[name]
     label = " ".join([name, *(f"{key} {value}" for key, value in settings.items()), f"{epochs} epochs"])
     recipe: dict[str, Any] = {**method.recipe, "lr": settings["lr"]}
-    if plan.distil:
-        recipe["teacher"] = str(teacher(plan, say).resolve())
+    if plan.teacher is not None:
+        recipe["teacher"] = str(plan.teacher.resolve())
     images = _train_images(plan)
     task = Task(plan.whole, plan.ratio, epochs * (images // BATCH))
 
@@ -130,23 +132,13 @@ def run(
         if p.epoch % 5 == 0 and p.validation is not None:
             say(f"{label}: {p.epoch}, validation {100 * p.validation:.2f} %, {p.left:.0f} s left")
 
-    result = train(_config(plan, label, recipe, epochs, method.seeds(task)), out, tell, build=build)
+    result = train(configuration(plan, label, recipe, epochs, method.seeds(task)), out, tell, build=build)
     return out, build, result.validation, result.seconds
 
 
 def _train_images(plan: Plan) -> int:
     with np.load(untested(plan)) as file:
         return len(file["y_train"]) - HELD
-
-
-def teacher(plan: Plan, say: Callable[[str], None]) -> Path:
-    """Folder of the dense network that teaches, trained with the same options."""
-    name = " ".join(filter(None, [f"{plan.task}-dense", f"shift {plan.shift}" if plan.shift else ""]))
-    config = _config(replace(plan, seed=0), name, {"lr": TEACHER}, plan.epochs, Seeds(format="dense"))
-    out = plan.folder / name
-    result = train(config, out, lambda p: say(f"teacher: {p.epoch}") if p.epoch % 10 == 0 else None)
-    say(f"teacher: validation {100 * result.validation:.2f} %")
-    return out
 
 
 def tune(plan: Plan, name: str, say: Callable[[str], None]) -> dict[str, Any]:
@@ -189,11 +181,14 @@ def row(plan: Plan, name: str, say: Callable[[str], None], again: bool = False) 
     if path.is_file() and not again:
         return Row(**json.loads(path.read_text()))
     settings = (None if again else known(plan, name)) or tune(plan, name, say)
+    # Short runs may favour a rate that whole ones do not bear.
+    rates = METHODS[name].grid["lr"]
     try:
-        out, build, _, seconds = run(plan, name, settings, plan.epochs, say)
+        tried = [({**settings, "lr": lr}, *run(plan, name, {**settings, "lr": lr}, plan.epochs, say)) for lr in rates]
     except ValueError as cause:
         say(f"{name}: {cause}")
         return None
+    settings, out, build, _, seconds = max(tried, key=lambda one: one[3])
     model = store(load(out, build))  # type: ignore[arg-type]
     images = data.load(_tested(plan))
     done = Row(
@@ -263,4 +258,4 @@ def prepare(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-__all__ = ["FILES", "Method", "Plan", "Row", "draw", "prepare", "row", "rows", "run", "teacher", "text", "tune"]
+__all__ = ["FILES", "Method", "Plan", "Row", "draw", "prepare", "row", "rows", "run", "text", "tune"]
