@@ -1,10 +1,14 @@
 """A small problem for training runs."""
 
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 from run_cases import Write
+
+from rbe.train import Config
+from rbe.train.config import Data, Model, Recipe, Seeds
 
 
 @pytest.fixture
@@ -30,3 +34,19 @@ def write(tmp_path: Path) -> Write:
         return path
 
     return make
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Config:
+    """Numbers in two languages, each four times."""
+    rng = random.Random(0)
+    german = ["null", "eins", "zwei", "drei", "vier"]
+    english = ["zero", "one", "two", "three", "four"]
+    for part, count in (("train", 400), ("val", 30), ("test_2016_flickr", 30)):
+        drawn = [[rng.randrange(5)] * 4 for _ in range(count)]
+        for side, words in (("de", german), ("en", english)):
+            text = "".join(" ".join(words[k] for k in line) + "\n" for line in drawn)
+            (tmp_path / f"{part}.{side}.txt").write_text(text)
+    model = Model("transformer", vocabulary=285, layers=1, size=32, heads=2, inner=64)
+    recipe = Recipe(epochs=4, batch=10, lr=5e-3, smoothing=0.1)
+    return Config("pairs", Data(".", "translation"), model, Seeds(block=8), recipe, tmp_path)
