@@ -271,6 +271,32 @@ def test_what_networks_of_characters_take_is_told(characters: Config) -> None:
     assert "".join(sorted(set((characters.folder / characters.data.path).read_text()))) == task.inputs["symbols"]
 
 
+def test_a_start_that_read_other_symbols_is_refused(characters: Config, language: Config, tmp_path: Path) -> None:
+    for config in (characters, language):
+        short = replace(config, seeds=Seeds("dense"), train=replace(config.train, epochs=1, steps=1))
+        train(short, tmp_path / "before")
+        taught = replace(short, train=replace(short.train, teacher="before"))
+        assert isinstance(train(taught, tmp_path / "same"), Result)
+        if config is characters:
+            text = (tmp_path / "text.txt").read_text()
+            (tmp_path / "text.txt").write_text(text.replace("g", "h"))
+        else:
+            # The folder of the run serves as one of a tokenizer.
+            own = json.loads((tmp_path / "before" / "tokenizer.json").read_text())
+            numbers = own["model"]["vocab"]
+            numbers["cat"], numbers["dog"] = numbers["dog"], numbers["cat"]
+            (tmp_path / "turned").mkdir()
+            (tmp_path / "turned" / "tokenizer.json").write_text(json.dumps(own))
+            assert isinstance(
+                train(replace(taught, data=replace(taught.data, tokenizer="before")), tmp_path / "x"), Result
+            )
+            taught = replace(taught, data=replace(taught.data, tokenizer="turned"))
+        with pytest.raises(RbeError, match="the network in before reads other symbols"):
+            train(taught, tmp_path / "other")
+        shutil.rmtree(tmp_path / "before")
+        shutil.rmtree(tmp_path / "same")
+
+
 def test_what_the_data_does_not_fit(
     characters: Config, pairs: Config, language: Config, streams: Config, tmp_path: Path
 ) -> None:

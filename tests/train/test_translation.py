@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sacrebleu
+import tokenizers
 import torch
 from run_cases import Stopped
 from torch import nn
@@ -16,7 +18,7 @@ from rbe.train import Config, load, train
 from rbe.train.config import Data, Layer, Model, Seeds
 from rbe.train.networks import build
 from rbe.train.texts import Block, Gpt, Kept, Translator
-from rbe.train.translation import END, Translation, _greedy
+from rbe.train.translation import END, Translation, _greedy, translate
 
 Make = Callable[[], Config]
 
@@ -28,6 +30,32 @@ def test_translation(pairs: Config, tmp_path: Path) -> None:
     assert result.metric == "bleu"
     translation = Translation(config)
     assert translation.translate(load(tmp_path / "out"), ["zwei zwei zwei zwei"]) == [" two two two two"]
+
+
+def test_somebody_who_has_only_the_folder_can_translate(pairs: Config, tmp_path: Path) -> None:
+    result = train(replace(pairs, seeds=Seeds("dense")), tmp_path / "out")
+    source, wanted = ((tmp_path / f"test_2016_flickr.{side}.txt").read_text().splitlines() for side in ("de", "en"))
+    beside = tmp_path / "out" / result.inputs["tokenizer"]
+    made = translate(load(tmp_path / "out"), tokenizers.Tokenizer.from_file(str(beside)), source)
+    assert sacrebleu.corpus_bleu(made, [wanted]).score == pytest.approx(result.value)
+
+
+def test_a_start_that_learned_other_subwords_is_refused(pairs: Config, tmp_path: Path) -> None:
+    short = replace(pairs, seeds=Seeds("dense"), train=replace(pairs.train, epochs=1, steps=1))
+    train(short, tmp_path / "before")
+    for key in ("start", "teacher"):
+        part = "model" if key == "start" else "train"
+        named = replace(short, **{part: replace(getattr(short, part), **{key: "before"})})
+        train(named, tmp_path / f"same {key}")
+        for side in ("de", "en"):
+            path = tmp_path / f"train.{side}.txt"
+            path.write_text(path.read_text().swapcase())
+        with pytest.raises(RbeError, match="the network in before reads other symbols"):
+            train(named, tmp_path / f"other {key}")
+        assert not (tmp_path / f"other {key}").exists()
+        for side in ("de", "en"):
+            path = tmp_path / f"train.{side}.txt"
+            path.write_text(path.read_text().swapcase())
 
 
 def test_a_student_of_sequences_learns_what_its_teacher_says(

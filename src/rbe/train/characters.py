@@ -35,7 +35,7 @@ class Characters(Task):
         check_symbols(config, len(symbols))
         place = {symbol: k for k, symbol in enumerate(symbols)}
         codes = torch.tensor([place[c] for c in text])
-        self.symbols = symbols
+        self.symbols = "".join(symbols)
         first, second = (int(share * len(codes)) for share in SHARES)
         self.train, self.held, self.test = codes[:first], codes[first:second], codes[second:]
         if min(len(self.held), len(self.test)) < 2 * STREAMS or self.examples < 1:
@@ -54,7 +54,12 @@ class Characters(Task):
     @property
     def inputs(self) -> dict[str, Any]:
         """The network takes places of characters among the symbols."""
-        return {"symbols": "".join(self.symbols)}
+        return {"symbols": self.symbols}
+
+    @property
+    def alphabet(self) -> str:
+        """The same."""
+        return self.symbols
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         """Windows in a random order; their first characters have no state to go on from."""

@@ -8,7 +8,10 @@ from torch import nn
 from rbe.errors import RbeError
 from rbe.nn import Seeded
 from rbe.train.config import Config
-from rbe.train.task import Task, checksum
+from rbe.train.language import Language, read_tokenizer
+from rbe.train.reading import find
+from rbe.train.store import RESULT, read_result
+from rbe.train.task import TOKENIZER, Task, checksum
 from rbe.train.translation import Translation
 
 
@@ -31,6 +34,30 @@ def check_teacher(config: Config, teacher: nn.Module, model: nn.Module, task: Ta
     if given.shape != own.shape:
         raise RbeError(
             f"train: the teacher {place} has {given.shape[-1]} classes, this network {own.shape[-1]}; name another"
+        )
+
+
+def check_alphabet(config: Config, task: Task, folder: str | None) -> None:
+    """Refuse a start or a teacher whose numbers stand for other characters or subwords, where it says what for.
+
+    Raises:
+        RbeError: they do.
+    """
+    if folder is None:
+        return
+    place = config.folder / folder
+    known = (place / RESULT).exists()
+    inputs = read_result(place).inputs if known else {}
+    own, given = task.alphabet, inputs.get("symbols")
+    if isinstance(task, Translation | Language):
+        path = (place if known else find(config, folder)) / inputs.get("tokenizer", TOKENIZER)
+        # As dictionaries: one table can be written in several ways.
+        own = task.tokenizer.get_vocab()
+        given = read_tokenizer(path).get_vocab() if path.is_file() else None
+    if given is not None and given != own:
+        raise RbeError(
+            f"train: the network in {folder} reads other symbols than these data have, or in another order; name one "
+            "that was trained on the same"
         )
 
 

@@ -17,7 +17,7 @@ from rbe.errors import RbeError
 from rbe.train.config import Config, Model
 from rbe.train.networks import dense
 from rbe.train.reading import find
-from rbe.train.task import Batch, Split, Task, check_symbols, checksum
+from rbe.train.task import TOKENIZER, Batch, Split, Task, check_symbols, checksum
 
 
 def tokenizers() -> Any:
@@ -33,6 +33,20 @@ def tokenizers() -> Any:
     return package
 
 
+def read_tokenizer(path: Path) -> Any:
+    """A tokenizer.json.
+
+    Raises:
+        RbeError: it cannot be read, or the package `tokenizers` is not installed.
+    """
+    try:
+        return tokenizers().Tokenizer.from_file(str(path))
+    except RbeError:
+        raise
+    except Exception as cause:  # the package raises plain Exception
+        raise RbeError(f"train: the tokenizer {path} cannot be read ({cause})") from cause
+
+
 class Language(Task):
     """Windows of texts in the tokens of a given tokenizer."""
 
@@ -41,15 +55,10 @@ class Language(Task):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         assert config.data.tokenizer is not None
-        folder, path = find(config, config.data.path), find(config, config.data.tokenizer) / "tokenizer.json"
-        try:
-            tokenizer = tokenizers().Tokenizer.from_file(str(path))
-        except Exception as cause:  # the package raises plain Exception
-            if isinstance(cause, RbeError):
-                raise
-            raise RbeError(f"train: the tokenizer {path} cannot be read ({cause})") from cause
-        check_symbols(config, tokenizer.get_vocab_size())
-        self.parts = {part: _tokens(tokenizer, folder / f"{part}.txt") for part in ("train", "valid", "test")}
+        folder, path = find(config, config.data.path), find(config, config.data.tokenizer) / TOKENIZER
+        self.tokenizer = read_tokenizer(path)
+        check_symbols(config, self.tokenizer.get_vocab_size())
+        self.parts = {part: _tokens(self.tokenizer, folder / f"{part}.txt") for part in ("train", "valid", "test")}
         for part, tokens in self.parts.items():
             if len(tokens) < 2 * config.data.length:
                 raise RbeError(f"train: {folder / part}.txt has only {len(tokens)} tokens; shorten [data] length")
@@ -63,6 +72,17 @@ class Language(Task):
     def check(self) -> int:
         """Of the tokens."""
         return checksum(self.parts["train"])
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The network takes what the tokenizer beside it returns."""
+        return {"tokenizer": TOKENIZER}
+
+    @property
+    def alphabet(self) -> str:
+        """Of the tokenizer."""
+        text: str = self.tokenizer.to_str()
+        return text
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         """Windows in a random order, at offsets that change from epoch to epoch."""

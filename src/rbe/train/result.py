@@ -81,7 +81,8 @@ class Result:
         plan: what each matrix got, where a number of bytes was divided.
         parts: weights and bytes by pattern and format; of runs of before it was kept none.
         inputs: what the network takes. images: `mean` and `deviation`, for (pixels / 255 - mean) / deviation.
-            characters: `symbols`, whose places stand for them. Else empty: tokenizers are given or learned.
+            characters: `symbols`, whose places stand for them. translation, language: `tokenizer`, a file beside the
+            network.
     """
 
     name: str

@@ -19,7 +19,7 @@ from rbe.optim import Cooling, HybridAdam, PowerDecay, StreamAdam
 from rbe.train import budget, networks, store
 from rbe.train.budget import Share
 from rbe.train.characters import Characters
-from rbe.train.checks import check_measured, check_saved, check_sequences, check_teacher, contents
+from rbe.train.checks import check_alphabet, check_measured, check_saved, check_sequences, check_teacher, contents
 from rbe.train.config import Config
 from rbe.train.images import Pictures, accuracy
 from rbe.train.language import Language
@@ -123,6 +123,8 @@ def _begin(
     content = contents(task, teacher, source)
     if saved is not None:
         check_saved(task, content, saved)
+    for named in (config.model.start, config.train.teacher):
+        check_alphabet(config, task, named)
     shares: tuple[Share, ...] = ()
     if config.seeds.bytes and not config.seeds.streamed:
         with store.sensible(out / CHECKPOINT):
@@ -478,5 +480,5 @@ def _finish(run: _Run, out: Path, identity: str, build: Build) -> Result:
         file_bytes=len(data),
         inputs=run.task.inputs,
     )
-    store.keep(out, identity, result, data)
+    store.keep(out, identity, result, data, run.task.alphabet)
     return result

@@ -193,9 +193,11 @@ def digest(config: Mapping[str, Any], result: Mapping[str, Any], weights: bytes)
     return hashlib.sha256(about.encode() + b"\0" + weights).hexdigest()
 
 
-def keep(out: Path, identity: str, result: Result, weights: bytes) -> None:
+def keep(out: Path, identity: str, result: Result, weights: bytes, alphabet: str | None = None) -> None:
     """Write a finished run; at any moment the folder holds a run to go on with, or a whole one."""
     config, about = json.loads(identity), result.to_json()
+    if alphabet is not None and "tokenizer" in result.inputs:
+        write(out / result.inputs["tokenizer"], alphabet.encode())
     write(out / WEIGHTS, weights)
     (out / OLD).unlink(missing_ok=True)
     whole = {"config": config, "result": about, "digest": digest(config, about, weights)}

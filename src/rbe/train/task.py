@@ -15,6 +15,8 @@ from rbe.train.config import Config
 Split = Literal["validation", "test"]
 # A target that takes part in no loss.
 NOTHING = -100
+# Of the tokenizer, in its folder and beside a trained network.
+TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class Task(ABC):
     def inputs(self) -> dict[str, Any]:
         """What somebody must know who gives the trained network inputs of their own; JSON-ready."""
         return {}
+
+    @property
+    def alphabet(self) -> str | None:
+        """What the numbers that a network takes stand for: characters in order, or the text of a tokenizer.json."""
+        return None
 
     @property
     def steps(self) -> int:

@@ -1,6 +1,6 @@
 """Sentences into another language: BLEU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rbe.errors import RbeError
 from rbe.train.config import Config
 from rbe.train.language import tokenizers
 from rbe.train.reading import find
-from rbe.train.task import NOTHING, Batch, Split, Task, check_symbols, checksum
+from rbe.train.task import NOTHING, TOKENIZER, Batch, Split, Task, check_symbols, checksum
 from rbe.train.texts import Kept
 
 PAD, BEGIN, END = 0, 1, 2
@@ -54,6 +54,17 @@ class Translation(Task):
         """Of the sentences' subwords."""
         return checksum(*(side for pair in self.pairs for side in pair))
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The network takes what the tokenizer beside it returns."""
+        return {"tokenizer": TOKENIZER}
+
+    @property
+    def alphabet(self) -> str:
+        """Of the tokenizer."""
+        text: str = self.tokenizer.to_str()
+        return text
+
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         """Pairs in a random order, those of a batch about equally long."""
         size = self.config.train.batch
@@ -82,10 +93,8 @@ class Translation(Task):
         return float(_sacrebleu().corpus_bleu(self.translate(model, source), [list(wanted)]).score)
 
     def translate(self, model: nn.Module, sentences: list[str]) -> list[str]:
-        """Always the likeliest next subword."""
-        codes = [torch.tensor(code.ids or [END]) for code in self.tokenizer.encode_batch(sentences)]
-        made: list[str] = self.tokenizer.decode_batch([code.tolist() for code in _translate(model, codes)])
-        return made
+        """As `translate`."""
+        return translate(model, self.tokenizer, sentences)
 
     def told(self, teacher: nn.Module, tell: Callable[[int, int], object] | None = None) -> tuple[Tensor, Tensor]:
         """What a teacher makes of the sentences to train on.
@@ -106,6 +115,25 @@ class Translation(Task):
         """
         targets = torch.split(symbols, counts.tolist())
         self.pairs = [(source, target) for (source, _), target in zip(self.pairs, targets, strict=True)]
+
+
+def translate(network: nn.Module, tokenizer: Any, sentences: Sequence[str]) -> list[str]:
+    """Sentences in the other language; always the likeliest next subword.
+
+    With a finished run of `rbe train examples/multi30k-stream.toml`:
+
+        network = rbe.train.load("runs/multi30k-stream")
+        tokenizer = tokenizers.Tokenizer.from_file("runs/multi30k-stream/tokenizer.json")
+        translate(network, tokenizer, ["Ein Hund rennt durch den Schnee."])
+
+    Args:
+        network: a trained one.
+        tokenizer: of the package `tokenizers`, which was learned with it.
+        sentences: in the language that it reads.
+    """
+    codes = [torch.tensor(code.ids or [END]) for code in tokenizer.encode_batch(list(sentences))]
+    made: list[str] = tokenizer.decode_batch([code.tolist() for code in _translate(network, codes)])
+    return made
 
 
 @torch.no_grad()
