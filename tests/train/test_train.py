@@ -99,6 +99,8 @@ def test_a_network_of_streams_starts_at_a_dense_one(write: Write, tmp_path: Path
         train(replace(config, model=replace(config.model, norm="none")), tmp_path / "bare")
     with pytest.raises(RbeError, match=r"linear1 is \(16, 64\)"):
         train(replace(config, model=replace(config.model, widths=(64, 16, 4))), tmp_path / "small")
+    with pytest.raises(RbeError, match=r"has seeds, in linear1; name the run of a dense network"):
+        train(replace(config, model=replace(config.model, start="out")), tmp_path / "again")
 
 
 @pytest.mark.parametrize(

@@ -119,8 +119,12 @@ def start(network: nn.Module, source: nn.Module) -> None:
     True
 
     Raises:
-        RbeError: a matrix of one has none of its name and shape in the other, or attention other heads.
+        RbeError: the source is in seeds, a matrix of one has none of its name and shape in the other, or attention
+            other heads.
     """
+    seeds = [name for name, m in source.named_modules() if isinstance(m, Seeded | Stream)]
+    if seeds:
+        raise RbeError(f"train: the network to start from has seeds, in {seeds[0]}; name the run of a dense network")
     parts = dict(network.named_modules())
     given = {m.name: m for m in matrices(source)}
     own = {m.name: tuple(m.weight.shape) for m in matrices(network)}
