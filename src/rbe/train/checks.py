@@ -10,7 +10,7 @@ from rbe.nn import Seeded
 from rbe.train.config import Config
 from rbe.train.language import Language, read_tokenizer
 from rbe.train.reading import find
-from rbe.train.store import RESULT, read_result
+from rbe.train.store import is_run, read_result
 from rbe.train.task import TOKENIZER, Task, checksum
 from rbe.train.translation import Translation
 
@@ -46,7 +46,7 @@ def check_alphabet(config: Config, task: Task, folder: str | None) -> None:
     if folder is None:
         return
     place = config.folder / folder
-    known = (place / RESULT).exists()
+    known = is_run(place)
     inputs = read_result(place).inputs if known else {}
     own, given = task.alphabet, inputs.get("symbols")
     if isinstance(task, Translation | Language):

@@ -192,7 +192,7 @@ def _network(config: Config, task: Task, folder: str | None) -> nn.Module | None
     if folder is None:
         return None
     place = config.folder / folder
-    if isinstance(task, Language) and not (place / RESULT).exists():
+    if isinstance(task, Language) and not store.is_run(place):
         return task.foreign(folder)
     return load(place)
 

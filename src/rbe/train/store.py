@@ -28,6 +28,11 @@ OLD = "model.pt"
 Build = Callable[[Config], nn.Module]
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is of a run; models of transformers may have a result.json of their own."""
+    return (folder / RESULT).exists() and not (folder / "model.safetensors").exists()
+
+
 def load(folder: str | Path, build: Build = networks.build) -> nn.Module:
     """The trained network of a finished run, with frozen seeds, in evaluation mode; `train` has an example.
 
