@@ -139,29 +139,6 @@ def test_the_pull_is_clipped_with_the_rest() -> None:
     assert optimizer._clipping() == 1.0
 
 
-def train(model: nn.Module, optimizer: HybridAdam, x: Tensor, y: Tensor, steps: range) -> None:
-    for step in steps:
-        batch = slice(16 * (step % 4), 16 * (step % 4) + 16)
-
-        def closure(part: slice = batch) -> Tensor:
-            return nn.functional.mse_loss(model(x[part]), y[part])
-
-        optimizer.zero_grad()
-        closure().backward()
-        optimizer.step()
-        if step % 3 == 2:
-            optimizer.flip(closure, share=0.5)
-        if step % 4 == 1:
-            optimizer.beam(closure, share=0.5, width=4, rounds=2)
-        if step == 5:
-            optimizer.hold(0.5)
-
-
-def two_layers() -> nn.Module:
-    torch.manual_seed(2)
-    return nn.Sequential(Linear(16, 32, format="packed128"), nn.Tanh(), Linear(32, 8, format="outer128", block=8))
-
-
 def test_angles_keep_to_their_period() -> None:
     layer = layer_with_gradient("packed128", 0.5, 31.4, (0.0, -1.0))
     HybridAdam(layer, lr=0.1, method="polar", eps=0.0).step()

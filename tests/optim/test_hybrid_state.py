@@ -14,8 +14,6 @@ from rbe.nn import Linear
 from rbe.optim import HybridAdam
 from rbe.optim.motion import METHODS, Method
 
-FORMATS = ["packed64", "packed128", "outer128"]
-
 
 def train(model: nn.Module, optimizer: HybridAdam, x: Tensor, y: Tensor, steps: range) -> None:
     for step in steps:

@@ -8,10 +8,10 @@ from torch import nn
 from rbe.errors import RbeError
 from rbe.nn import Seeded
 from rbe.train.config import Config
-from rbe.train.language import Language, read_tokenizer
+from rbe.train.language import read_tokenizer
 from rbe.train.reading import find
 from rbe.train.store import is_run, read_result
-from rbe.train.task import TOKENIZER, Task, checksum
+from rbe.train.task import TOKENIZER, Subwords, Task, checksum
 from rbe.train.translation import Translation
 
 
@@ -49,7 +49,7 @@ def check_alphabet(config: Config, task: Task, folder: str | None) -> None:
     known = is_run(place)
     inputs = read_result(place).inputs if known else {}
     own, given = task.alphabet, inputs.get("symbols")
-    if isinstance(task, Translation | Language):
+    if isinstance(task, Subwords):
         path = (place if known else find(config, folder)) / inputs.get("tokenizer", TOKENIZER)
         # As dictionaries: one table can be written in several ways.
         own = task.tokenizer.get_vocab()

@@ -17,7 +17,7 @@ from rbe.errors import RbeError
 from rbe.train.config import Config, Model
 from rbe.train.networks import dense
 from rbe.train.reading import find
-from rbe.train.task import TOKENIZER, Batch, Split, Task, check_symbols, checksum
+from rbe.train.task import TOKENIZER, Batch, Split, Subwords, check_symbols, checksum
 
 
 def tokenizers() -> Any:
@@ -47,7 +47,7 @@ def read_tokenizer(path: Path) -> Any:
         raise RbeError(f"train: the tokenizer {path} cannot be read ({cause})") from cause
 
 
-class Language(Task):
+class Language(Subwords):
     """Windows of texts in the tokens of a given tokenizer."""
 
     metric, rises = "perplexity", False
@@ -72,17 +72,6 @@ class Language(Task):
     def check(self) -> int:
         """Of the tokens."""
         return checksum(self.parts["train"])
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """The network takes what the tokenizer beside it returns."""
-        return {"tokenizer": TOKENIZER}
-
-    @property
-    def alphabet(self) -> str:
-        """Of the tokenizer."""
-        text: str = self.tokenizer.to_str()
-        return text
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         """Windows in a random order, at offsets that change from epoch to epoch."""

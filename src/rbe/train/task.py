@@ -81,6 +81,27 @@ class Task(ABC):
         return max(1, min(whole, recipe.steps) if recipe.steps else whole)
 
 
+class Subwords(Task):
+    """A task whose texts a tokenizer cuts.
+
+    Attributes:
+        tokenizer: of the package `tokenizers`.
+    """
+
+    tokenizer: Any
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The network takes what the tokenizer beside it returns."""
+        return {"tokenizer": TOKENIZER}
+
+    @property
+    def alphabet(self) -> str:
+        """Of the tokenizer."""
+        text: str = self.tokenizer.to_str()
+        return text
+
+
 def checksum(*tensors: Tensor, start: int = 0) -> int:
     """CRC-32 of the bytes of tensors.
 

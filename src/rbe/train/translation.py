@@ -12,7 +12,7 @@ from rbe.errors import RbeError
 from rbe.train.config import Config
 from rbe.train.language import tokenizers
 from rbe.train.reading import find
-from rbe.train.task import NOTHING, TOKENIZER, Batch, Split, Task, check_symbols, checksum
+from rbe.train.task import NOTHING, Batch, Split, Subwords, check_symbols, checksum
 from rbe.train.texts import Kept
 
 PAD, BEGIN, END = 0, 1, 2
@@ -22,7 +22,7 @@ FILES = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
 MORE = 10
 
 
-class Translation(Task):
+class Translation(Subwords):
     """Pairs of sentences in subwords of both languages, which are learned from the sentences trained on."""
 
     metric, rises = "bleu", True
@@ -53,17 +53,6 @@ class Translation(Task):
     def check(self) -> int:
         """Of the sentences' subwords."""
         return checksum(*(side for pair in self.pairs for side in pair))
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """The network takes what the tokenizer beside it returns."""
-        return {"tokenizer": TOKENIZER}
-
-    @property
-    def alphabet(self) -> str:
-        """Of the tokenizer."""
-        text: str = self.tokenizer.to_str()
-        return text
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         """Pairs in a random order, those of a batch about equally long."""
