@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from elsewhere import NAME, elsewhere
 from torch import Tensor, nn
 
 import rbe
@@ -127,6 +128,21 @@ def test_other_dtypes_keep_theirs(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 64)).to(dtype)
     rbe.compress_(model, effort="fast")
     assert model(torch.arange(5)).dtype == dtype and model[1].weight.dtype == dtype
+
+
+def test_layers_stay_on_their_device() -> None:
+    torch.manual_seed(0)
+    here, index = nn.Sequential(nn.Embedding(80, 48), nn.Linear(48, 64), nn.LSTM(64, 32)), torch.arange(12)[None]
+    with elsewhere():
+        there = copy.deepcopy(here).to(NAME)
+        rbe.compress_(there, effort="fast")
+        rbe.compress_(here, effort="fast")
+        assert seeded(there) == seeded(here)
+        assert all(t.device.type == NAME for t in there.state_dict().values())
+        torch.testing.assert_close(there(index.to(NAME))[0].cpu(), here(index)[0], rtol=1e-4, atol=1e-5)
+        rbe.decompress_(there)
+        assert all(t.device.type == NAME for t in there.state_dict().values())
+        torch.testing.assert_close(there(index.to(NAME))[0].cpu(), here(index)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_plan_needs_no_weights() -> None:

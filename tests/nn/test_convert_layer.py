@@ -1,9 +1,11 @@
 """`convert_layer`: blocks of one weight lose nothing, so that the seed layer computes what torch's computes."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from elsewhere import NAME, elsewhere
 from layer_cases import close, first
 from torch import nn
 
@@ -51,6 +53,9 @@ def test_the_seed_layer_computes_the_same(layer: nn.Module, sides: tuple[int, ..
     x = torch.randn(sides)
     with torch.no_grad():
         assert not new.training and close(first(new(x)), first(layer(x)), 1e-4)
+    with elsewhere(), torch.no_grad():
+        there = convert_layer(copy.deepcopy(layer).to(NAME), **EXACT)
+        assert close(first(there(x.to(NAME))).cpu(), first(new(x)), 1e-4)
     assert not any(isinstance(m, rbe.nn.Seeded) and m.trainable for m in new.modules())
 
 

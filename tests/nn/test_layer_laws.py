@@ -6,9 +6,11 @@ import pickle
 
 import pytest
 import torch
+from elsewhere import NAME, elsewhere
 from layer_cases import CASES, EVERY, PAIRS, close, first, make
 from torch import nn
 
+from rbe.errors import RbeError
 from rbe.nn import Seeded
 
 
@@ -71,6 +73,45 @@ def test_copies_pickles_and_casts_compute_the_same(name: str, format: str) -> No
         rough = first(layer(x.to(torch.bfloat16) if x.is_floating_point() else x))
         assert rough.dtype == torch.bfloat16
         assert close(rough.float(), y, 0.1)
+
+
+def gradients(layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
+    """Of a sum that no symmetry makes 0, by everything that is trained."""
+    weights = torch.linspace(-1, 1, y.numel()).square().view_as(y).to(y.device)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    found = torch.autograd.grad((y * weights).sum(), trained, allow_unused=True)
+    return torch.cat([g.flatten().float() for g in found if g is not None]).cpu()
+
+
+@pytest.mark.parametrize("format", EVERY)
+@pytest.mark.parametrize("name", CASES)
+def test_layers_compute_the_same_on_another_device(name: str, format: str) -> None:
+    layer, x = make(name, format)
+    trains = any(p.requires_grad for p in layer.parameters())
+    y = first(layer(x))
+    with elsewhere():
+        there = copy.deepcopy(layer).to(NAME)
+        made = first(there(x.to(NAME)))
+        assert made.device.type == NAME
+        assert close(made.cpu(), y, 1e-4)
+        assert not trains or close(gradients(there, made), gradients(layer, y), 1e-4)
+        packed = first(freeze(copy.deepcopy(layer))(x))
+        assert close(first(freeze(there)(x.to(NAME))).cpu(), packed, 1e-4)
+        assert close(first(there.cpu()(x)), packed)
+
+
+@pytest.mark.parametrize("format", EVERY)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_layer_and_its_input_on_two_devices_are_refused(name: str, format: str, frozen: bool) -> None:
+    layer, x = make(name, format)
+    layer = freeze(layer) if frozen else layer
+    with elsewhere():
+        # By us or by torch; a kernel that takes an address of another device takes the process with it.
+        with pytest.raises((RbeError, RuntimeError), match="device"):
+            layer(x.to(NAME))
+        with pytest.raises((RbeError, RuntimeError), match="device"):
+            layer.to(NAME)(x)
 
 
 @pytest.mark.parametrize("name", CASES)

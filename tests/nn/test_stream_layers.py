@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from elsewhere import NAME, elsewhere
 from torch import nn
 from torch.nn import functional
 
@@ -382,3 +383,33 @@ def test_casts_keep_the_scale_and_the_dtype_of_what_comes_out(dtype: torch.dtype
         assert torch.equal(model[2].weight, weight)
         assert copy.deepcopy(model)(index).dtype == dtype
         assert model.float()(index).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (StreamLinear(5, 4), torch.randn(3, 5)),
+        (StreamConv2d(2, 3, 3, padding=1), torch.randn(2, 2, 4, 4)),
+        (StreamEmbedding(6, 4), torch.tensor([[0, 5], [2, 2]])),
+        (StreamLSTM(3, 4), torch.randn(5, 2, 3)),
+    ],
+    ids=["linear", "convolution", "table", "recurrent"],
+)
+def test_another_device_computes_the_same(layer: nn.Module, x: torch.Tensor) -> None:
+    def first(y: Any) -> torch.Tensor:
+        out: torch.Tensor = y[0] if isinstance(y, tuple) else y
+        return out
+
+    y = first(layer(x))
+    with elsewhere():
+        there = copy.deepcopy(layer).to(NAME)
+        made = first(there(x.to(NAME)))
+        torch.testing.assert_close(made.cpu(), y)
+        made.square().sum().backward()
+        assert all(p.grad.device.type == NAME for p in there.parameters() if p.grad is not None)
+        for module in there.modules():
+            if isinstance(module, Stream):
+                module.freeze()
+        assert all(t.device.type == NAME for t in there.state_dict().values())
+        torch.testing.assert_close(first(there(x.to(NAME))).cpu(), y)
+        torch.testing.assert_close(first(there.cpu()(x)), y)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from run_cases import Write
 
 from rbe.train import Config
@@ -50,3 +51,32 @@ def pairs(tmp_path: Path) -> Config:
     model = Model("transformer", vocabulary=285, layers=1, size=32, heads=2, inner=64)
     recipe = Recipe(epochs=4, batch=10, lr=5e-3, smoothing=0.1)
     return Config("pairs", Data(".", "translation"), model, Seeds(block=8), recipe, tmp_path)
+
+
+@pytest.fixture
+def characters(tmp_path: Path) -> Config:
+    """A text whose next character is certain after the first of each word."""
+    rng = random.Random(0)
+    (tmp_path / "text.txt").write_text(" ".join(rng.choice(["abcd", "ecfg"]) for _ in range(800)))
+    model = Model("lstm", vocabulary=8, size=32, dropout=0.1)
+    recipe = Recipe(epochs=4, batch=8, lr=2e-2, clip=1.0)
+    return Config("text", Data("text.txt", "characters", length=20), model, Seeds(block=8), recipe, tmp_path)
+
+
+@pytest.fixture
+def language(tmp_path: Path) -> Config:
+    """Lines of a small grammar, and a tokenizer for them."""
+    rng = random.Random(0)
+    for part, count in (("train", 300), ("valid", 40), ("test", 40)):
+        lines = (f"the {rng.choice(['cat', 'dog'])} sees the {rng.choice(['tree', 'moon'])}\n" for _ in range(count))
+        (tmp_path / f"{part}.txt").write_text("".join(lines))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("\n", "isolated")
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=["?"], show_progress=False)
+    tokenizer.train([str(tmp_path / "train.txt")], trainer)
+    (tmp_path / "words").mkdir()
+    tokenizer.save(str(tmp_path / "words" / "tokenizer.json"))
+    model = Model("gpt", vocabulary=7, layers=2, size=32, heads=2, inner=128)
+    data = Data(".", "language", length=16, tokenizer="words")
+    return Config("gpt", data, model, Seeds(block=8), Recipe(epochs=6, batch=8, lr=2e-2), tmp_path)

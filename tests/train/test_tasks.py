@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
 from PIL import Image
@@ -20,7 +18,7 @@ from run_cases import Stopped
 from rbe.errors import RbeError
 from rbe.nn import Seeded, Stream
 from rbe.train import Config, Result, load, load_config, train
-from rbe.train.config import Data, Layer, Model, Recipe, Seeds
+from rbe.train.config import Layer, Seeds
 from rbe.train.data import flipped
 from rbe.train.data import load as load_images
 from rbe.train.language import adopt
@@ -111,16 +109,6 @@ def test_half_of_the_images_are_mirrored() -> None:
     assert 30 < turned.sum() < 70
 
 
-@pytest.fixture
-def characters(tmp_path: Path) -> Config:
-    """A text whose next character is certain after the first of each word."""
-    rng = random.Random(0)
-    (tmp_path / "text.txt").write_text(" ".join(rng.choice(["abcd", "ecfg"]) for _ in range(800)))
-    model = Model("lstm", vocabulary=8, size=32, dropout=0.1)
-    recipe = Recipe(epochs=4, batch=8, lr=2e-2, clip=1.0)
-    return Config("text", Data("text.txt", "characters", length=20), model, Seeds(block=8), recipe, tmp_path)
-
-
 @pytest.mark.parametrize("format", ["outer128", "stream", "dense"])
 def test_characters(characters: Config, tmp_path: Path, format: str) -> None:
     made = Seeds("stream", bytes=2000) if format == "stream" else replace(characters.seeds, format=format)
@@ -163,25 +151,6 @@ def test_a_text_is_distilled_and_streams_start_at_the_teacher(characters: Config
     assert train(close, tmp_path / "close").value == pytest.approx(taught.value, rel=0.02)
     student = replace(characters, train=replace(characters.train, teacher="teacher", weight=1.0, softness=1.0))
     assert train(student, tmp_path / "out").value < 1.0
-
-
-@pytest.fixture
-def language(tmp_path: Path) -> Config:
-    """Lines of a small grammar, and a tokenizer for them."""
-    rng = random.Random(0)
-    for part, count in (("train", 300), ("valid", 40), ("test", 40)):
-        lines = (f"the {rng.choice(['cat', 'dog'])} sees the {rng.choice(['tree', 'moon'])}\n" for _ in range(count))
-        (tmp_path / f"{part}.txt").write_text("".join(lines))
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="?"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("\n", "isolated")
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=["?"], show_progress=False)
-    tokenizer.train([str(tmp_path / "train.txt")], trainer)
-    (tmp_path / "words").mkdir()
-    tokenizer.save(str(tmp_path / "words" / "tokenizer.json"))
-    model = Model("gpt", vocabulary=7, layers=2, size=32, heads=2, inner=128)
-    data = Data(".", "language", length=16, tokenizer="words")
-    return Config("gpt", data, model, Seeds(block=8), Recipe(epochs=6, batch=8, lr=2e-2), tmp_path)
 
 
 @pytest.mark.parametrize("format", ["outer128", "stream", "dense"])

@@ -382,9 +382,10 @@ def train(
         typer.Option("--out", "-o", metavar="FOLDER", help="For checkpoint, result and model (default: runs/NAME)."),
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what the folder holds of this run.")] = False,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, or cuda where torch finds a GPU.")] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Train a network inside its seeds; an interrupted run goes on where it stood."""
     from rbe.cli import learn
 
-    learn.train(config, output, restart, as_json)
+    learn.train(config, output, restart, device, as_json)

@@ -22,7 +22,7 @@ _FORMS = {
 }
 
 
-def train(config: Path, output: Path | None, restart: bool, as_json: bool) -> None:
+def train(config: Path, output: Path | None, restart: bool, device: str, as_json: bool) -> None:
     """`rbe train`."""
     settings = load_config(config)
     folder = output or Path("runs") / settings.name
@@ -53,7 +53,7 @@ def train(config: Path, output: Path | None, restart: bool, as_json: bool) -> No
             console.print(f"the teacher has translated {done:,} of {every:,} sentences to train on")
 
     before = not restart and (folder / RESULT).exists()
-    result = run(settings, folder, tell, restart, planned=planned, told=told)
+    result = run(settings, folder, tell, restart, planned=planned, told=told, device=device)
     if before and page.last is None:
         console.print(f"{folder} holds this run, finished before; nothing was trained now (--restart trains it anew)")
     complaint = page.finish(result)

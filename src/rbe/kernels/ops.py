@@ -27,10 +27,14 @@ T = TypeVar("T")
 
 
 def exact(body: Callable[..., T]) -> Callable[..., T]:
-    """A body outside of autocast, which would round the factors of the products in it."""
+    """A body outside of autocast, which would round the factors of the products in it, and with all on one device."""
 
     @wraps(body)
     def run(*args: Any) -> T:
+        devices = {arg.device for arg in args if isinstance(arg, Tensor)}
+        if len(devices) > 1:
+            where = " and ".join(sorted(map(str, devices)))
+            raise RbeError(f"{body.__name__}: tensors are on {where}; bring layer and input to one device with .to()")
         if not torch.is_autocast_enabled("cpu"):
             return body(*args)
         with torch.autocast("cpu", enabled=False):

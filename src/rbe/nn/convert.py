@@ -35,7 +35,7 @@ def convert_layer(layer: nn.Module, **encoding: Any) -> nn.Module:
         encoding: as for `rbe.encode`. An embedding is rotated on its feature side only.
 
     Returns:
-        a layer of this package with the same inputs and outputs, in the same mode (training or not).
+        a layer of this package with the same inputs and outputs, device and mode (training or not).
 
     Raises:
         RbeError: there is no such seed layer, or the layer uses a setting that ours does not have.
@@ -44,7 +44,9 @@ def convert_layer(layer: nn.Module, **encoding: Any) -> nn.Module:
         known = ", ".join(kind.__name__ for kind in _CONVERTERS)
         raise RbeError(f"convert_layer: {type(layer).__name__} has no seed layer; torch's {known} have")
     new = _CONVERTERS[type(layer)](layer, encoding)
-    return new.train(layer.training)
+    # Encoded on the CPU, wherever the weights are.
+    like = next(layer.parameters(), None)
+    return (new if like is None else new.to(like.device)).train(layer.training)
 
 
 def _encode(weight: Tensor, encoding: Encoding) -> SeedMatrix:

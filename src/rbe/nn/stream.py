@@ -150,7 +150,7 @@ class Stream(nn.Module):
                 raise RbeError(
                     f"{type(self).__name__}: a latent or the scale is not finite; training has diverged, lower its rate"
                 )
-            seed, scale = self.pack(), self.log_scale.detach().exp()
+            seed, scale = self.pack().to(self.latent.device), self.log_scale.detach().exp()
             del self.latent, self.log_scale
             self.register_buffer("seed", seed)
             self.register_buffer("scale", scale)
@@ -438,12 +438,9 @@ class StreamEmbedding(Stream):
                 f"{self.num_embeddings} rows"
             )
         if not self.trainable:
-            return (
-                self._entries()
-                .rows(index.flatten().long(), float(self.scale))
-                .view(*index.shape, self.embedding_dim)
-                .to(self._dtype)
-            )
+            # What was read of a seed is on the CPU.
+            made = self._entries().rows(index.flatten().long().cpu(), float(self.scale))
+            return made.view(*index.shape, self.embedding_dim).to(index.device, self._dtype)
         # Only the rows that are looked up are rounded.
         rows: Tensor = _Rounded.apply(functional.embedding(index, self.latent))  # type: ignore[no-untyped-call]
         return rows * self.log_scale.exp()

@@ -96,6 +96,9 @@ def _put(model: nn.Module, site: Site, spec: SeedSpec, row_scale: bool, matrix: 
             built[id(old)] = _like(old, spec, row_scale, site.transposed, owner)
             if owner is None and matrix is not None:
                 built[id(old)]._adopt(matrix)
+                weight = old._parameters["weight"]
+                if weight is not None and not weight.is_meta:
+                    built[id(old)].to(weight.device)
         _set(model, path, built[id(old)])
     _forget_ties(model)
     return list(built.values())

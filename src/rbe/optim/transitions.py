@@ -95,8 +95,8 @@ def check_options(what: str, share: float, tolerance: float) -> None:
 
 
 def _gradients(modules: Sequence[Seeded], closure: Callable[[], Tensor]) -> tuple[float, list[Blocks]]:
-    """The loss, and its gradient by every module's blocks of unscaled weights."""
-    sums = [torch.zeros(m.spec.shape) for m in modules]
+    """The loss, and its gradient by every module's blocks of unscaled weights; on the CPU, where bits are searched."""
+    sums = [torch.zeros(m.spec.shape, device=m.scale.device) for m in modules]
     with ExitStack() as stack, torch.enable_grad():
         for module, total in zip(modules, sums, strict=True):
             stack.enter_context(module.listening(partial(_add, total)))
@@ -113,7 +113,7 @@ def _gradients(modules: Sequence[Seeded], closure: Callable[[], Tensor]) -> tupl
         total = rotate(rotate(total, spec.rotation[1]).T, spec.rotation[0]).T * module.scale.detach()
         if module.row_scale is not None:
             total = total * module.row_scale.float()[:, None]
-        blocks.append(cut(total, spec))
+        blocks.append(cut(total.cpu(), spec))
     return _agreed(loss.detach()), blocks
 
 
@@ -140,10 +140,14 @@ def _agreed(loss: Tensor) -> float:
     return float(loss)
 
 
+def _seeds(module: Seeded) -> tuple[Tensor, Tensor, Tensor]:
+    """Code, radius and angle of an open module, on the CPU."""
+    return module.read_code().cpu(), module.radius.detach().cpu(), module.angle.detach().cpu()
+
+
 def _weights(module: Seeded) -> Tensor:
     """Unscaled weights of an open module, (blocks, h, w)."""
-    made = formats.disk(module.spec.format).values
-    return made(module.read_code(), module.radius.detach(), module.angle.detach(), module.spec)
+    return formats.disk(module.spec.format).values(*_seeds(module), module.spec)
 
 
 def curvature(module: Seeded, gradient: Blocks) -> float:
@@ -157,8 +161,7 @@ def _scores(module: Seeded, chosen: Tensor, gradient: Blocks, masks: Tensor) -> 
     spec, disk = module.spec, formats.disk(module.spec.format)
     one = formats.make_spec(spec.format, spec.block_shape, block=spec.block, mode=spec.mode)
     block, stage = chosen // spec.stages, chosen % spec.stages
-    code = module.read_code()[block, stage]
-    radius, angle = module.radius.detach()[block, stage], module.angle.detach()[block, stage]
+    code, radius, angle = (part[block, stage] for part in _seeds(module))
     now = disk.values(code[:, None], radius[:, None], angle[:, None], one)
     h = curvature(module, gradient)
     cells = spec.block_shape[0] * spec.block_shape[1]
@@ -202,7 +205,7 @@ def draw(
         return chosen, chosen
     scores = _scores(module, chosen, gradient, masks).double()
     if variety and spec.format == "packed128":
-        code = module.read_code()
+        code = module.read_code().cpu()
         mine = code.flatten()[chosen]
         table = entropy_changes(code)
         quadrants = packed128.fields(mine[:, None] ^ masks)["quadrant"]
@@ -213,7 +216,7 @@ def draw(
     # Staying has the score 0; scores are measured in their own size, so that a temperature means the same everywhere.
     logits = torch.cat([torch.zeros(len(chosen), 1, dtype=torch.float64), -scores / (size * temperature)], 1)
     if free is not None:
-        held = outer128.code_of(torch.where(free.reshape(-1, 64)[chosen] == 0, 1.0, -1.0), spec)
+        held = outer128.code_of(torch.where(free.reshape(-1, 64).cpu()[chosen] == 0, 1.0, -1.0), spec)
         logits[:, 1:] = torch.where((held[:, None] & masks) != 0, -torch.inf, logits[:, 1:])
     drawn = torch.multinomial(torch.softmax(logits, 1), 1, generator=generator)[:, 0]
     moves = drawn > 0
@@ -240,11 +243,12 @@ def beam(
     if not len(chosen) or not 0 < h < math.inf:
         return chosen[:0], chosen[:0]
     one = formats.make_spec(spec.format, spec.shape, block=spec.block, mode=spec.mode)
+    codes, radii, angles = (part.flatten() for part in _seeds(module))
     masks, gains = [], []
     for some in chosen.split(_BEAM_BLOCKS):  # type: ignore[no-untyped-call]
         block = some // spec.stages
-        code = module.read_code().flatten()[some, None]
-        radius, angle = (p.detach().flatten()[some, None].double() for p in (module.radius, module.angle))
+        code = codes[some, None]
+        radius, angle = (p[some, None].double() for p in (radii, angles))
         part = Blocks(one, gradient.values, gradient.kind, gradient.masks).part(block)
         now = packed128.values(code, radius, angle, one).flatten(1)
         wanted = (now - part.values.double() / h) * part.exists
@@ -292,6 +296,7 @@ def transit(
         for module, code, (seeds, masks) in zip(modules, start, some, strict=True):
             turned = code.clone()
             flat = turned.view(-1)
+            seeds, masks = seeds.to(flat.device), masks.to(flat.device)
             flat[seeds] = flat[seeds] ^ masks
             module.write_code(turned)
         try:

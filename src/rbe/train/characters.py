@@ -11,7 +11,7 @@ from torch.nn import functional
 from rbe.errors import RbeError
 from rbe.train.config import Config
 from rbe.train.reading import find
-from rbe.train.task import Batch, Split, Task, check_symbols, checksum
+from rbe.train.task import Batch, Split, Task, check_symbols, checksum, device_of
 
 # Train, validation and test, by position in the text.
 SHARES = (0.90, 0.95)
@@ -78,6 +78,7 @@ class Characters(Task):
         training = model.training
         model.eval()
         count = (len(text) - 1) // STREAMS
+        text = text.to(device_of(model))
         x, y = (part[: count * STREAMS].view(STREAMS, count) for part in (text[:-1], text[1:]))
         state: tuple[Tensor, Tensor] | None = None
         total = 0.0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rbe.errors import RbeError
 from rbe.train import data
 from rbe.train.config import Config
-from rbe.train.task import Batch, Split, Task
+from rbe.train.task import Batch, Split, Task, device_of
 
 
 class Pictures(Task):
@@ -83,9 +83,9 @@ def _check(config: Config, images: data.Images) -> None:
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch: int = 1000) -> float:
     """Share of images whose largest output is their label."""
-    training = model.training
+    training, device = model.training, device_of(model)
     model.eval()
     parts = zip(torch.split(x, batch), torch.split(y, batch), strict=True)
-    right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in parts)
+    right = sum(int((model(images.to(device)).argmax(1).cpu() == labels).sum()) for images, labels in parts)
     model.train(training)
     return right / len(x)

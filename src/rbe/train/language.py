@@ -17,7 +17,7 @@ from rbe.errors import RbeError
 from rbe.train.config import Config, Model
 from rbe.train.networks import dense
 from rbe.train.reading import find
-from rbe.train.task import TOKENIZER, Batch, Split, Subwords, check_symbols, checksum
+from rbe.train.task import TOKENIZER, Batch, Split, Subwords, check_symbols, checksum, device_of
 
 
 def tokenizers() -> Any:
@@ -91,6 +91,7 @@ class Language(Subwords):
         windows = tokens[: len(tokens) // length * length].view(-1, length)
         if split == "validation":
             windows = windows[: self.config.data.validation]
+        windows = windows.to(device_of(model))
         training = model.training
         model.eval()
         total = 0.0

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -21,8 +22,10 @@ from rbe.train.budget import Share
 from rbe.train.characters import Characters
 from rbe.train.checks import check_alphabet, check_measured, check_saved, check_sequences, check_teacher, contents
 from rbe.train.config import Config
+from rbe.train.devices import at_hand, device_draws, draw_on, named_device
 from rbe.train.images import Pictures, accuracy
 from rbe.train.language import Language
+from rbe.train.norms import measure_norms
 from rbe.train.planting import start
 from rbe.train.recipe import PHASES, build_optimizer
 from rbe.train.result import Epoch, Progress, Result
@@ -36,8 +39,6 @@ __all__ = ["CHECKPOINT", "RESULT", "WEIGHTS", "Build", "Epoch", "Progress", "Res
 SETTLED = 0.75
 # Seconds between two checkpoints, and two lines of progress, within an epoch.
 EVERY = 120.0
-# Batches of training examples that the statistics of batch norms are taken from, after every epoch.
-NORM_BATCHES = 40
 
 TASKS: dict[str, type[Task]] = {
     "images": Pictures,
@@ -55,6 +56,7 @@ def train(
     build: Build = networks.build,
     planned: Callable[[tuple[Share, ...]], object] | None = None,
     told: Callable[[int, int], object] | None = None,
+    device: str | torch.device = "cpu",
 ) -> Result:
     """Train a network, or go on where an interrupted run of the same configuration stood.
 
@@ -83,11 +85,14 @@ def train(
             `rbe.train.texts.Translator`.
         planned: called with what each matrix gets, where the configuration has a number of bytes to divide.
         told: called with the sentences that the teacher has translated so far, and all, where it does so first.
+        device: where the network is trained and validated, one of torch's; a run may go on on another one. What is kept
+            is frozen and tested on the CPU.
 
     Raises:
-        RbeError: the data or the teacher are not there, the folder holds another run, or the loss is no number.
+        RbeError: the data, the teacher or the device are not there, the folder holds another run, or the loss is no
+            number.
     """
-    out = Path(out)
+    out, where = Path(out), named_device(device)
     identity = json.dumps(config.to_json(), sort_keys=True)
     # What is finished is told even where nothing can be written.
     if not restart and (known := store.finished(out, identity)) is not None:
@@ -99,7 +104,7 @@ def train(
             if (known := store.finished(out, identity)) is not None:
                 return known
             saved = store.resume(out, identity)
-        run = _begin(config, out, saved, restart, build, planned, told)
+        run = _begin(config, out, saved, restart, build, planned, told, where)
         return _through(run, out, identity, build, tell)
 
 
@@ -111,6 +116,7 @@ def _begin(
     build: Build,
     planned: Callable[[tuple[Share, ...]], object] | None,
     told: Callable[[int, int], object] | None,
+    device: torch.device,
 ) -> "_Run":
     """A fresh run, or one where it was saved; whatever is wrong is found before anything is thrown away."""
     if config.train.threads:
@@ -143,8 +149,11 @@ def _begin(
         check_measured(config, model)
     if restart:
         store.clear(out)
+    for network in (model, teacher):
+        if network is not None:
+            network.to(device)
     targets = _targets(config, task, teacher, saved, out, told)
-    run = _Run(config, task, model, teacher, shares, targets, content)
+    run = _Run(config, task, model, teacher, shares, targets, content, device)
     if saved is not None:
         with store.sensible(out / CHECKPOINT):
             run.restore(saved)
@@ -209,10 +218,11 @@ class _Run:
         plan: tuple[Share, ...],
         targets: tuple[Tensor, ...],
         content: int,
+        device: torch.device,
     ) -> None:
         recipe = config.train
         self.config, self.task, self.model, self.teacher = config, task, model, teacher
-        self.plan, self.targets, self.content = plan, targets, content
+        self.plan, self.targets, self.content, self.device = plan, targets, content, device
         self.steps = task.steps
         self.optimizer = build_optimizer(config, model, max(1, recipe.epochs) * task.steps)
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -261,15 +271,16 @@ class _Run:
 
     def state(self) -> dict[str, Any]:
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": at_hand(self.model.state_dict()),
+            "optimizer": at_hand(self.optimizer.state_dict()),
             "schedule": self.schedule.state_dict(),
             "generator": self.drawn,
             "step": self.step,
             "total": self.total,
             "torch": torch.get_rng_state(),
+            **device_draws(self.device),
             "history": [asdict(epoch) for epoch in self.history],
-            "signs": self.signs,
+            "signs": at_hand(self.signs),
             "plan": [share.to_json() for share in self.plan],
             "targets": self.targets,
             "best": self.best,
@@ -286,8 +297,10 @@ class _Run:
         self.generator.set_state(state["generator"])
         self.drawn, self.step, self.total = state["generator"], state.get("step", 0), state.get("total", 0.0)
         torch.set_rng_state(state["torch"])
+        draw_on(self.device, state)
         self.history = [Epoch(**epoch) for epoch in state["history"]]
-        self.signs, self.best = state["signs"], state["best"]
+        self.signs = {name: signs.to(self.device) for name, signs in state["signs"].items()}
+        self.best = state["best"]
         self.best_epoch, self.seconds = state["best_epoch"], state["seconds"]
 
     def epoch(self, pause: Callable[[], object] = lambda: None) -> None:
@@ -301,7 +314,7 @@ class _Run:
         batches = self.task.batches(self.generator)
         # What an interrupted run had learned from is drawn once more and let go.
         for k, batch in islice(enumerate(batches), self.step, self.steps):
-            hints = None
+            batch, hints = batch.to(self.device), None
             if self.teacher is not None:
                 with torch.no_grad(), self._products():
                     hints = self.teacher(*batch.inputs).flatten(0, -2).float()
@@ -344,43 +357,19 @@ class _Run:
         if not self.config.train.epochs and isinstance(self.optimizer, StreamAdam):
             fits = self.optimizer.fit() > 0
         if self.config.train.epochs:
-            self._measure_norms()
+            measure_norms(self.model, self.task, len(self.history))
         value = self.task.measure(self.model, "validation")
         self.history.append(Epoch(loss, value, _turned(self.model, self.signs), rates))
         fits = fits and math.isfinite(value) and not self._broken()
         best = self.curve[self.best_epoch]
         if fits and (self.best_epoch < 0 or (value > best if self.task.rises else value < best)):
             self.best_epoch = len(self.history) - 1
-            self.best = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.best = {name: value.to("cpu", copy=True) for name, value in self.model.state_dict().items()}
 
     def _broken(self) -> bool:
         """Whether a number is none; buffers, such as masks, may have been so from the start."""
         tensors = [*self.model.parameters(), *(b for name, b in self.model.named_buffers() if name in self.finite)]
         return not all(bool(t.isfinite().all()) for t in tensors)
-
-    @torch.no_grad()
-    def _measure_norms(self) -> None:
-        """Statistics of batch norms for the weights as they are now.
-
-        Running means lag some steps behind, in which many signs turn: with them validation measures a network that
-        never was.
-        """
-        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        norms = [m for m in norms if m.track_running_stats]
-        if not norms:
-            return
-        momenta = [m.momentum for m in norms]
-        for m in norms:
-            m.reset_running_stats()
-            m.momentum = None  # the plain mean over what follows
-        self.model.train()
-        generator = torch.Generator().manual_seed(len(self.history))
-        # Full ones, as all count alike.
-        full = max(1, self.task.examples // self.config.train.batch)
-        for batch in islice(self.task.batches(generator), min(NORM_BATCHES, full)):
-            self.model(*batch.inputs)
-        for m, momentum in zip(norms, momenta, strict=True):
-            m.momentum = momentum
 
     def loss(self, batch: Batch, hints: Tensor | None) -> Tensor:
         recipe = self.config.train
@@ -396,9 +385,11 @@ class _Run:
         soft = functional.cross_entropy(out / recipe.softness, hints) * recipe.softness**2
         return (1 - recipe.weight) * loss + recipe.weight * soft
 
-    def _products(self) -> torch.autocast:
+    def _products(self) -> AbstractContextManager[object]:
         """Within it products are of the recipe's dtype."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.train.dtype == "bfloat16")
+        if self.config.train.dtype == "bfloat16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
 
     def _turn(self, step: int, loss: Callable[[], Tensor]) -> None:
         """Discrete bits, every so many steps."""
@@ -450,7 +441,7 @@ def _finish(run: _Run, out: Path, identity: str, build: Build) -> Result:
             "train: no epoch left a network of finite numbers; lower [train] lr or name another network to start from, "
             "and give --restart"
         )
-    run.model.load_state_dict(run.best)
+    run.model.cpu().load_state_dict(run.best)
     store.freeze(run.model)
     rest_bits = run.config.train.rest_bits
     validation, stored = run.curve[run.best_epoch], None

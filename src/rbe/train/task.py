@@ -4,6 +4,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,6 +31,10 @@ class Batch:
 
     inputs: tuple[Tensor, ...]
     targets: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        return Batch(tuple(x.to(device) for x in self.inputs), self.targets.to(device))
 
 
 class Task(ABC):
@@ -100,6 +105,15 @@ class Subwords(Task):
         """Of the tokenizer."""
         text: str = self.tokenizer.to_str()
         return text
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that a network is on.
+
+    >>> device_of(nn.Linear(2, 3)).type
+    'cpu'
+    """
+    return next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def checksum(*tensors: Tensor, start: int = 0) -> int:

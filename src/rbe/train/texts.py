@@ -1,6 +1,7 @@
 """Networks for text, as torch has their layers; symbols in and out share one table, except in the LSTM."""
 
 import math
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -73,9 +74,11 @@ class Attention(nn.Module):
         else:
             kept[self] = k, v = kept[self] if self in kept else self.kv(memory).chunk(2, -1)
             q = self.q(x)
+        slow = x.device.type == "cpu"
         # As x also under autocast: in bfloat16 torch's derivative for CPUs takes several times longer.
-        q, k, v = (part.to(x.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        with torch.autocast(x.device.type, enabled=False):
+        q, k, v = (part.to(x.dtype) if slow else part for part in (q, k, v))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        with torch.autocast("cpu", enabled=False) if slow else nullcontext():
             y = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
         out: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return out
@@ -134,7 +137,7 @@ class Translator(nn.Module):
     def _enter(self, x: Tensor, at: int = 0) -> Tensor:
         y: Tensor = self.embed(x)
         y = y * math.sqrt(y.shape[-1])
-        places = sinusoids(torch.arange(at, at + x.shape[1]), y.shape[-1]).to(y.dtype)
+        places = sinusoids(torch.arange(at, at + x.shape[1], device=x.device), y.shape[-1]).to(y.dtype)
         out: Tensor = self.dropout(y + places)
         return out
 
@@ -189,7 +192,7 @@ class Gpt(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (n, length) to the scores of what comes after each, (n, length, vocabulary)."""
-        y = self.dropout(self.embed(x) + self.place(torch.arange(x.shape[1])))
+        y = self.dropout(self.embed(x) + self.place(torch.arange(x.shape[1], device=x.device)))
         for block in self.blocks:
             y = block(y, causal=True)
         return scores(self.embed, self.norm(y))

@@ -12,7 +12,7 @@ from rbe.errors import RbeError
 from rbe.train.config import Config
 from rbe.train.language import tokenizers
 from rbe.train.reading import find
-from rbe.train.task import NOTHING, Batch, Split, Subwords, check_symbols, checksum
+from rbe.train.task import NOTHING, Batch, Split, Subwords, check_symbols, checksum, device_of
 from rbe.train.texts import Kept
 
 PAD, BEGIN, END = 0, 1, 2
@@ -137,7 +137,7 @@ def _translate(
     for k in range(0, len(order), batch):
         chosen = order[k : k + batch]
         source = pad_sequence([codes[i] for i in chosen], batch_first=True, padding_value=PAD)
-        for i, made in zip(chosen, _greedy(model, source), strict=True):
+        for i, made in zip(chosen, _greedy(model, source.to(device_of(model))).cpu(), strict=True):
             out[i] = made[made > END].clone()
         if tell is not None:
             tell(k + len(chosen), len(order))
@@ -147,8 +147,8 @@ def _translate(
 
 def _greedy(model: Any, source: Tensor) -> Tensor:
     memory, there = model.encode(source)
-    symbol = torch.full((len(source),), BEGIN)
-    going = torch.ones(len(source), dtype=torch.bool)
+    symbol = torch.full((len(source),), BEGIN, device=source.device)
+    going = torch.ones(len(source), dtype=torch.bool, device=source.device)
     made: list[Tensor] = []
     kept: Kept = {}
     for at in range(2 * source.shape[1] + MORE):
