@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from elsewhere import NAME, elsewhere
 from torch import Tensor, nn
 
@@ -135,14 +136,29 @@ def test_layers_stay_on_their_device() -> None:
     here, index = nn.Sequential(nn.Embedding(80, 48), nn.Linear(48, 64), nn.LSTM(64, 32)), torch.arange(12)[None]
     with elsewhere():
         there = copy.deepcopy(here).to(NAME)
-        rbe.compress_(there, effort="fast")
-        rbe.compress_(here, effort="fast")
+        rbe.compress_(there, effort="fast", outliers=0.02)
+        rbe.compress_(here, effort="fast", outliers=0.02)
         assert seeded(there) == seeded(here)
         assert all(t.device.type == NAME for t in there.state_dict().values())
         torch.testing.assert_close(there(index.to(NAME))[0].cpu(), here(index)[0], rtol=1e-4, atol=1e-5)
         rbe.decompress_(there)
         assert all(t.device.type == NAME for t in there.state_dict().values())
         torch.testing.assert_close(there(index.to(NAME))[0].cpu(), here(index)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["allocate", "calibrate"])
+def test_inputs_find_a_model_on_its_device(option: str) -> None:
+    sides = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    here = transformers.BertModel(transformers.BertConfig(vocab_size=96, max_position_embeddings=32, **sides)).eval()
+    index = torch.arange(12)[None]
+    with elsewhere():
+        there = copy.deepcopy(here).to(NAME)
+        plans = [rbe.compress_(model, bits=2, effort="fast", **{option: "random"}) for model in (there, here)]
+        rates = [[(entry.module, entry.spec and entry.spec.bits) for entry in plan] for plan in plans]
+        assert rates[0] == rates[1]
+        answers = [model(x).last_hidden_state.cpu() for model, x in ((there, index.to(NAME)), (here, index))]
+    torch.testing.assert_close(*answers, rtol=1e-3, atol=1e-3)
 
 
 def test_a_plan_needs_no_weights() -> None:

@@ -197,7 +197,9 @@ def compress_(
         site = sites[entry.name]
         try:
             known = moments.get(entry.name)
-            matrix = encode_entry(entry, swap.dense(model, site), effort, threads=threads, progress=step, moments=known)
+            matrix = encode_entry(
+                entry, swap.dense(model, site).cpu(), effort, threads=threads, progress=step, moments=known
+            )
         except RbeError as cause:
             raise RbeError(f"{entry.name}: {cause}") from cause
         encoded.append((site, matrix))
@@ -230,7 +232,7 @@ def _moments(
             f"compress: the answer of {type(model).__name__} has no gradient by the layers to be calibrated; let it "
             "run with gradients, or leave calibrate out"
         )
-    return {name: found[path] for name, path in paths.items() if path in found}
+    return {name: found[path].cpu() for name, path in paths.items() if path in found}
 
 
 def _spread(
@@ -269,7 +271,8 @@ def _inputs(model: nn.Module, inputs: str | Iterable[Any], option: str, **option
             )
         config = getattr(model, "config", None)
         batches = statistics.random_tokens(vocabulary, context=statistics.longest(config, 64), **options)
-        return statistics.for_both_sides(batches, config)
+        every = statistics.for_both_sides(batches, config)
+        return ({name: x.to(table.weight.device) for name, x in batch.items()} for batch in every)
     return inputs
 
 

@@ -61,13 +61,13 @@ def sensitivities(model: nn.Module, weights: Mapping[str, bool], batches: Iterab
         if answer.shape[1] > 1:
             # What moves all answers alike changes no comparison between them.
             answer = answer - answer.mean(0)
-        direction = (answer * _signs(answer.shape, generator)).sum()
+        direction = (answer * _signs(answer.shape, generator).to(answer.device)).sum()
         if not direction.requires_grad:
             return
         grads = torch.autograd.grad(direction, list(chosen.values()), allow_unused=True)
         for (name, by_row), grad in zip(weights.items(), grads, strict=True):
             if grad is not None:
-                sums[name] += _change(grad, chosen[name].detach(), by_row)
+                sums[name] += _change(grad, chosen[name].detach(), by_row).cpu()
 
     with still(model), running(model, "allocate"):
         for p in chosen.values():
@@ -108,11 +108,11 @@ def _answer(output: Any, batch: Any, generator: torch.Generator) -> Tensor:
     if hasattr(output, "logits") and answer.ndim == 3:
         # The label is drawn from the model's own prediction: the squared gradient is then the Fisher information.
         logits = answer.reshape(-1, answer.shape[-1]).float()
-        label = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
-        return logits.log_softmax(-1).gather(1, label)
+        label = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
+        return logits.log_softmax(-1).gather(1, label.to(logits.device))
     if hasattr(output, "last_hidden_state") and answer.ndim == 3:
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        mask = torch.ones(answer.shape[:2]) if mask is None else mask
+        mask = answer.new_ones(answer.shape[:2]) if mask is None else mask
         parts = mask[..., None].to(answer.dtype)
         return normalize((answer * parts).sum(1) / parts.sum(1).clamp_min(1), dim=-1)
     flat = answer.reshape(len(answer), -1) if answer.ndim > 1 else answer.reshape(1, -1)
