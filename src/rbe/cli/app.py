@@ -388,4 +388,4 @@ def train(
     """Train a network inside its seeds; an interrupted run goes on where it stood."""
     from rbe.cli import learn
 
-    learn.train(config, output, restart, device, as_json)
+    learn.train(config, output, restart, as_json, device)

@@ -22,7 +22,7 @@ _FORMS = {
 }
 
 
-def train(config: Path, output: Path | None, restart: bool, device: str, as_json: bool) -> None:
+def train(config: Path, output: Path | None, restart: bool, as_json: bool, device: str = "cpu") -> None:
     """`rbe train`."""
     settings = load_config(config)
     folder = output or Path("runs") / settings.name
