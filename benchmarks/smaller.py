@@ -179,12 +179,12 @@ def spent(dense_run: str) -> float:
     return epochs + (spent(Path(config.model.start).name) if config.model.start else 0.0)
 
 
-def line(row: Row, share: float, epochs_own: int | None) -> str:
+def line(row: Row, share: float, epochs_own: int | None, rate: float | None = None) -> str:
     own = run(row.seeds, 0, epochs_own)
     epochs = math.ceil(spent(row.dense)) + len(own.curve)
     settings = tuned(row, own.bytes, max(1, round(share * epochs)))
     # A short run may favour a rate that a long one does not bear: then both are trained, and validation decides.
-    rates = {settings["lr"], min(settings["lr"], max(RATES))}
+    rates = {settings["lr"], min(settings["lr"], max(RATES))} if rate is None else {rate}
     whole = [({**settings, "lr": rate}, *peer(row, own.bytes, {**settings, "lr": rate}, epochs)) for rate in rates]
     pick = max if TASKS[load_config(EXAMPLES / f"{row.dense}.toml").data.task].rises else min
     settings, result, size, nbytes = pick(whole, key=lambda one: one[1].validation)
@@ -201,12 +201,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="rows; all by default")
     parser.add_argument("--share", type=float, default=0.125, help="of the epochs, for runs that only tune")
     parser.add_argument("--epochs", type=int, help="of the run in seeds, if it was a shorter one")
+    parser.add_argument("--rate", type=float, help="of the whole run, in place of those that are best in short ones")
     args = parser.parse_args()
     print("| task | smaller, few bits | its bytes | bytes of seeds | its validation | its test | test of seeds |")
     print("|---|---|---|---|---|---|---|")
     for row in ROWS:
         if row.seeds in args.only:
-            print(line(row, args.share, args.epochs), flush=True)
+            print(line(row, args.share, args.epochs, args.rate), flush=True)
 
 
 if __name__ == "__main__":
