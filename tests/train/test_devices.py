@@ -108,7 +108,7 @@ def test_a_run_goes_on_elsewhere_to_the_same_bits(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", NAME, "mps"])
+@pytest.mark.parametrize("name", ["gpu", "", "cuda", "cuda:99", "privateuseone", "xla", NAME, "mps"])
 def test_a_device_that_is_not_there_is_refused(write: Write, tmp_path: Path, name: str) -> None:
     path = write(QUICK)
     with pytest.raises(RbeError, match=f"there is no device {re.escape(name)} here"):

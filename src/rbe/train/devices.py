@@ -23,7 +23,8 @@ def named_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, dtype=torch.float64, device=device).item()  # definitions compute in float64
-    except Exception as cause:  # torch raises many kinds, and asserts
+    # Names that torch does not know, or was built without, or whose hardware is missing or has no float64.
+    except (RuntimeError, AssertionError, ImportError, TypeError) as cause:
         told = str(cause).strip().partition("\n")[0]
         raise RbeError(
             f"train: there is no device {name} here ({told}); give cpu, or cuda where torch finds a GPU"
