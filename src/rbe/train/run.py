@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from rbe.errors import RbeError
 from rbe.nn import pack, round_rest
@@ -23,6 +22,7 @@ from rbe.train.characters import Characters
 from rbe.train.checks import check_alphabet, check_measured, check_saved, check_sequences, check_teacher, contents
 from rbe.train.config import Config
 from rbe.train.devices import at_hand, device_draws, draw_on, named_device
+from rbe.train.distillation import loss_of
 from rbe.train.images import Pictures, accuracy
 from rbe.train.language import Language
 from rbe.train.norms import measure_norms
@@ -30,7 +30,7 @@ from rbe.train.planting import start
 from rbe.train.recipe import PHASES, build_optimizer
 from rbe.train.result import Epoch, Progress, Result
 from rbe.train.store import CHECKPOINT, RESULT, WEIGHTS, Build, load
-from rbe.train.task import NOTHING, Batch, Task
+from rbe.train.task import Batch, Task
 from rbe.train.translation import Translation
 
 __all__ = ["CHECKPOINT", "RESULT", "WEIGHTS", "Build", "Epoch", "Progress", "Result", "accuracy", "load", "train"]
@@ -317,8 +317,7 @@ class _Run:
             batch, hints = batch.to(self.device), None
             if self.teacher is not None:
                 with torch.no_grad(), self._products():
-                    hints = self.teacher(*batch.inputs).flatten(0, -2).float()
-                hints = functional.softmax(hints / recipe.softness, 1)
+                    hints = self.teacher(*batch.inputs).flatten(0, -2)
 
             def loss(batch: Batch = batch, hints: Tensor | None = hints) -> Tensor:
                 return self.loss(batch, hints)
@@ -372,18 +371,9 @@ class _Run:
         return not all(bool(t.isfinite().all()) for t in tensors)
 
     def loss(self, batch: Batch, hints: Tensor | None) -> Tensor:
-        recipe = self.config.train
         with self._products():
-            out = self.model(*batch.inputs).flatten(0, -2).float()
-        targets = batch.targets.flatten()
-        loss = functional.cross_entropy(out, targets, ignore_index=NOTHING, label_smoothing=recipe.smoothing)
-        if hints is None:
-            return loss
-        there = targets != NOTHING
-        if not bool(there.all()):
-            out, hints = out[there], hints[there]
-        soft = functional.cross_entropy(out / recipe.softness, hints) * recipe.softness**2
-        return (1 - recipe.weight) * loss + recipe.weight * soft
+            scores = self.model(*batch.inputs).flatten(0, -2)
+        return loss_of(scores, batch.targets.flatten(), hints, self.config.train)
 
     def _products(self) -> AbstractContextManager[object]:
         """Within it products are of the recipe's dtype."""
