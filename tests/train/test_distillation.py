@@ -51,7 +51,7 @@ def printed(scores: Tensor, targets: Tensor, hints: Tensor, recipe: Recipe) -> T
 
 
 def with_slope(scores: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    return loss.detach(), torch.autograd.grad(3 * loss, scores)[0]
+    return loss.detach(), torch.autograd.grad(loss / 3, scores)[0]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
@@ -72,14 +72,14 @@ def test_loss_and_derivative_are_the_printed_ones(
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
-def test_pieces_of_bfloat16_are_rounded_once(recipe: Recipe, pieces: None) -> None:
+def test_pieces_of_bfloat16_are_rounded_twice(recipe: Recipe, pieces: None) -> None:
     scores, targets, hints = (t.bfloat16() if t.is_floating_point() else t for t in example(True))
     exact = scores.double().requires_grad_()
     wanted, steep = with_slope(exact, printed(exact, targets, hints.double(), recipe))
     scores.requires_grad_()
     loss, slope = with_slope(scores, loss_of(scores, targets, hints, recipe))
     torch.testing.assert_close(loss, wanted.float())
-    # Twice: by the pieces, and by the factor 3 of what is above.
+    # By the pieces, and by the factor of what is above.
     torch.testing.assert_close(slope.double(), steep, rtol=2**-7, atol=1e-7)
 
 
@@ -95,9 +95,25 @@ def test_a_row_without_target_may_hold_anything(pieces: None) -> None:
     assert not found[1][targets == NOTHING].any()
 
 
-def test_nothing_is_kept_where_nobody_asks_for_a_derivative(pieces: None) -> None:
+def test_what_is_wrong_is_as_wrong_in_pieces(pieces: None) -> None:
+    scores, targets, hints = example(False)
+    assert loss_of(scores, torch.full_like(targets, NOTHING), hints, RECIPES[0]).isnan()
+    targets[2] = -1
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        loss_of(scores, targets, hints, RECIPES[0])
+
+
+def test_factors_of_any_size_reach_small_dtypes(pieces: None) -> None:
+    scores, targets, hints = example(False)
+    scores = scores.half().requires_grad_()
+    (65536 * loss_of(scores, targets, hints, RECIPES[2])).backward()
+    assert scores.grad is not None and bool(scores.grad.isfinite().all())
+
+
+def test_without_a_derivative_the_loss_is_the_same(pieces: None) -> None:
     scores, targets, hints = example(False)
     loss = loss_of(scores, targets, hints, RECIPES[0])
     assert not loss.requires_grad
-    with torch.no_grad():
-        assert torch.equal(loss_of(scores.requires_grad_(), targets, hints, RECIPES[0]), loss)
+    assert torch.equal(loss_of(scores.clone().requires_grad_(), targets, hints, RECIPES[0]).detach(), loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss_of(scores, targets, hints, RECIPES[0]), loss)

@@ -10,8 +10,8 @@ from torch.nn import functional
 from rbe.train.config import Recipe
 from rbe.train.task import NOTHING
 
-# Scores from which on the loss is made in pieces, and scores of a piece: it stays in a cache of a core, where a dozen
-# passes over all of them would each fetch them from memory.
+# Scores from which on a CPU makes the loss in pieces, and scores of a piece: it stays in a cache of a core, where a
+# dozen passes over all of them would each fetch them from memory.
 MANY, PIECE = 1 << 22, 1 << 17
 
 
@@ -26,12 +26,12 @@ def loss_of(scores: Tensor, targets: Tensor, hints: Tensor | None, recipe: Recip
     Args:
         scores: (n, classes), of whatever dtype; the loss is float32.
         targets: (n,) int64; rows with `NOTHING` take no part.
-        hints: the teacher's scores, (n, classes).
+        hints: the teacher's scores, (n, classes); they get no derivative.
         recipe: softness, weight, smoothing.
 
     Source: G. Hinton et al., arXiv 1503.02531, section 2.
     """
-    if hints is not None and scores.numel() >= MANY:
+    if hints is not None and scores.device.type == "cpu" and scores.numel() >= MANY:
         loss: Tensor = _InPieces.apply(scores, targets, hints, recipe)  # type: ignore[no-untyped-call]
         return loss
     scores = scores.float()
@@ -56,18 +56,21 @@ class _InPieces(torch.autograd.Function):
         rows = max(1, PIECE // classes)
         there = targets != NOTHING
         share, whole = there.float() / there.sum(), bool(there.all())
+        targets = targets.masked_fill(~there, 0)
         slope = torch.empty_like(scores) if ctx.needs_input_grad[0] else None
         total = scores.new_zeros((), dtype=torch.float64)
         for at in range(0, len(scores), rows):
             piece = slice(at, at + rows)
-            given, target = scores[piece].float(), targets[piece].clamp(min=0)[:, None]
+            given, target = scores[piece].float(), targets[piece, None]
             wanted = functional.softmax(hints[piece].float() / heat, 1)
             logs = functional.log_softmax(given, 1)
             warm = logs if heat == 1 else functional.log_softmax(given / heat, 1)
-            losses = (1 - smoothing) * logs.gather(1, target)[:, 0] + smoothing * logs.mean(1)
-            losses = -hard * losses - soft * heat**2 * torch.linalg.vecdot(wanted, warm)
+            right = logs.gather(1, target)[:, 0]
+            if smoothing:
+                right = (1 - smoothing) * right + smoothing * logs.mean(1)
+            losses = hard * right + soft * heat**2 * (wanted * warm).sum(1)
             # A row that takes no part may hold anything.
-            total += torch.where(there[piece], losses * share[piece], 0.0).sum(dtype=torch.float64)
+            total -= torch.where(there[piece], losses, 0.0).sum(dtype=torch.float64)
             if slope is None:
                 continue
             part = logs.exp_()
@@ -83,10 +86,10 @@ class _InPieces(torch.autograd.Function):
             slope[piece] = part
         if slope is not None:
             ctx.save_for_backward(slope)
-        return total.float()
+        return (total / there.sum()).float()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
-        return slope * above.to(slope.dtype), None, None, None
+        return slope * above, None, None, None
