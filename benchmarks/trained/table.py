@@ -1,6 +1,7 @@
 """Rows of the table: tune on validation, train, store, count, and read the test split once."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,8 @@ def untested(plan: Plan) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with np.load(find(_tested(plan), _tested(plan).data.path)) as file:
             x, y = file["x_train"], file["y_train"]
-        part = path.with_suffix(".part.npz")
+        # Two tables may be made at once.
+        part = path.with_suffix(f".{os.getpid()}.npz")
         np.savez(part, x_train=x, y_train=y, x_test=x[-HELD:], y_test=y[-HELD:])
         part.replace(path)
     return path.resolve()
