@@ -12,6 +12,7 @@ BENCHMARKS = (
     ["packed"],
     ["outer"],
     ["streams"],
+    ["distillation"],
     ["encoder"],
     ["rings"],
     ["search"],

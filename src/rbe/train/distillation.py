@@ -10,8 +10,8 @@ from torch.nn import functional
 from rbe.train.config import Recipe
 from rbe.train.task import NOTHING
 
-# Scores from which on a CPU makes the loss in pieces, and scores of a piece: it stays in a cache of a core, where a
-# dozen passes over all of them would each fetch them from memory.
+# From so many scores on a CPU makes the loss in pieces, each of so many: they stay in a cache of a core, where a dozen
+# passes over all scores would each fetch them from memory.
 MANY, PIECE = 1 << 22, 1 << 17
 
 
